@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 from importlib import import_module as _import_module
 
 _PUBLIC = {
-    "cape.errors": ["CapeError", "DataError", "MissingFileError", "ConfigError", "CheckpointError",
+    "cape.errors": ["CapeError", "DataError", "MissingFileError", "StorageError", "ConfigError", "CheckpointError",
                     "TrainingError"],
     "cape.data.annotations": ["PoseDataset", "Category", "Instance", "data_home"],
     "cape.data.crops": ["Augment"],

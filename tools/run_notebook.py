@@ -157,6 +157,7 @@ def main(argv=None):
     ap.add_argument("--timeout", type=int, help="seconds a cell may take (default: no limit)")
     ap.add_argument("-h", "--help", action="store_true", help="this text, and the parameters of the notebook")
     args = ap.parse_intermixed_args(argv)
+    os.environ.setdefault("CAPE_PROGRESS", "lines")  # the notebook's bars as lines, so that they show here
     if args.help or not args.notebook:
         ap.print_help()
         if args.notebook and args.notebook.exists():

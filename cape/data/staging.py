@@ -43,6 +43,8 @@ class Photograph:
     scene: Scene
     keypoints: np.ndarray   # (K,2) x, y; 0 where outside the picture
     visibility: np.ndarray  # (K,) 2 seen, 1 hidden by something, 0 outside the picture
+    depth: np.ndarray       # (K,) z of the points towards the viewer, pixels
+    radius: np.ndarray      # (K,) how deep below a surface they may lie and still be seen, pixels
     box: tuple[float, float, float, float]  # x, y, width, height of what is inside the picture
 
 def _color(dice: Dice) -> tuple[float, float, float]: return tuple(dice.uniform(0.1, 0.95, 3).tolist())
@@ -114,15 +116,15 @@ def photograph(species: Species, *seeds: int, side: int = 256) -> Photograph:
     scene = Scene(body.solids + solids, width, height, light, ambient, backdrop, dice.uniform(-1, 1, (32, 32))*dice.uniform(0, 0.05))
     return Photograph(scene, *_flags(species, body, width, height), box)
 
-def _flags(species, body, width, height) -> tuple[np.ndarray, np.ndarray]:
-    "Keypoints (K,2) in pixels, two decimals, and their flags (K,)"
+def _flags(species, body, width, height) -> tuple[np.ndarray, ...]:
+    "Keypoints (K,2) in pixels, two decimals, their flags (K,), depths (K,) and radii (K,)"
     missing = [k for k in species.keypoints if k not in body.points]
     if missing: raise DataError(f"{species.name}: its body has no point named {missing}")
     xyz, radius = (np.array(v) for v in zip(*(body.points[k] for k in species.keypoints)))
     xy = np.round(xyz[:, :2]*[1, -1], 2)
     inside = ((xy >= -0.5) & (xy <= np.array([width, height]) - 0.5)).all(1)
     flag = np.where(inside, np.where(hidden(body, xyz, radius), 1, 2), 0)
-    return xy*inside[:, None], flag
+    return xy*inside[:, None], flag, xyz[:, 2], radius
 
 # %% ../../nbs/01b_staging.ipynb #c010
 def as_jpeg(figure, dpi: int = 100):

@@ -32,16 +32,19 @@ def _check(args):
 def _posezoo(args):
     "Make PoseZoo and print where it is"
     from cape.data.posezoo import build
-    print(build(args.size, out=args.out, workers=args.workers))
+    print(build(args.size, out=args.out, seed=args.seed, workers=args.workers, device=args.device))
     return 0
 
 # %% ../nbs/46_command_line.ipynb #c011
-def _positive(text):
-    "A whole number of at least 1"
+def _number(text: str, least: int) -> int:
+    "A whole number of at least `least`"
     try: number = int(text)
-    except ValueError: number = 0
-    if number < 1: raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return number
+    except ValueError: number = least - 1
+    if number >= least: return number
+    raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+
+def _positive(text: str) -> int: return _number(text, 1)
+def _natural(text: str) -> int: return _number(text, 0)
 
 # %% ../nbs/46_command_line.ipynb #c013
 _EXAMPLES = """examples:
@@ -63,27 +66,41 @@ _POSEZOO_EXAMPLES = """A finished data set is left as it is; an interrupted one 
 examples:
   cape posezoo                        the default size
   cape posezoo --size mini            the small one, for trying things out
-  cape posezoo --size full --out /big/disk/posezoo --workers 8"""
+  cape posezoo --size full --out /big/disk/posezoo --workers 8
+  cape posezoo --seed 1 --out posezoo-1   other members of the same species
+  cape posezoo --size full --device cuda  drawn on a GPU; points and flags are the same"""
 
 # %% ../nbs/46_command_line.ipynb #c014
-def build_parser() -> argparse.ArgumentParser:
-    "The parser of the `cape` command."
-    from cape import __version__
-    parser = _Parser(prog="cape", description="Category-agnostic pose estimation.", epilog=_EXAMPLES)
-    parser.add_argument("--version", action="version", version=f"cape {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+def _add_check(commands):
+    "The options of `cape check`"
     check = commands.add_parser("check", help="list what is wrong with a data set",
                                 description="List what is wrong with a data set.", epilog=_CHECK_EXAMPLES)
     check.add_argument("folder", metavar="DIR", help="folder of the data set")
     check.add_argument("--json", action="store_true", help="print the report as JSON")
     check.add_argument("--no-images", action="store_true", help="look at annotations only, open no image")
     check.set_defaults(run=_check)
+
+def _add_posezoo(commands):
+    "The options of `cape posezoo`"
     zoo = commands.add_parser("posezoo", help="make PoseZoo, the procedural data set",
                               description="Make PoseZoo, the procedural data set.", epilog=_POSEZOO_EXAMPLES)
     zoo.add_argument("--size", choices=["mini", "default", "full"], default="default", help="how much of it")
     zoo.add_argument("--out", metavar="DIR", type=Path, help="folder to write (default: data/posezoo-SIZE)")
-    zoo.add_argument("--workers", metavar="N", type=_positive, default=2, help="drawing processes (default: 2)")
+    zoo.add_argument("--seed", metavar="N", type=_natural, default=0,
+                     help="other members of the same species (default: 0)")
+    zoo.add_argument("--workers", metavar="N", type=_positive, help="drawing processes (default: one a core)")
+    zoo.add_argument("--device", metavar="NAME",
+                     help="draw on a torch device, e.g. cuda (default: on the processor's cores)")
     zoo.set_defaults(run=_posezoo)
+
+def build_parser() -> argparse.ArgumentParser:
+    "The parser of the `cape` command."
+    from cape import __version__
+    parser = _Parser(prog="cape", description="Category-agnostic pose estimation.", epilog=_EXAMPLES)
+    parser.add_argument("--version", action="version", version=f"cape {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    _add_check(commands)
+    _add_posezoo(commands)
     return parser
 
 # %% ../nbs/46_command_line.ipynb #c016

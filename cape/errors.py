@@ -7,7 +7,7 @@ __all__ = ['CapeError', 'DataError', 'MissingFileError', 'StorageError', 'Config
 
 # %% ../nbs/00a_errors.ipynb #c003
 class CapeError(ValueError):
-    "Base of all errors that input to `cape` can cause; the message names the thing, what was expected and what came."
+    "Base of all errors that input can cause; it names the thing, what was expected and what came."
 
 class DataError(CapeError):
     "An annotation, an image or a tensor does not hold what its format promises."

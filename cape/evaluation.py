@@ -16,7 +16,6 @@ from pathlib import Path
 # %% ../nbs/14_evaluation.ipynb #c004
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 # %% ../nbs/14_evaluation.ipynb #c005
 from . import metrics
@@ -24,6 +23,7 @@ from .data.annotations import write_atomic
 from .data.crops import CropLoader, CropSource, to_image
 from .data.episodes import EpisodeBatch, TestEpisodes, make_batch
 from .errors import ConfigError, DataError, MissingFileError
+from .progress import progress as progress_bar
 
 # %% ../nbs/14_evaluation.ipynb #c011
 class FeatureCache:
@@ -152,7 +152,7 @@ def _stack(parts: list) -> dict:
         return np.pad(a, widths)
     return {name: np.concatenate([pad(p[name]) for p in parts]) for name in parts[0]}
 
-# %% ../nbs/14_evaluation.ipynb #c019
+# %% ../nbs/14_evaluation.ipynb #c020
 def _run(model, test, source: CropSource, batch_size: int, memory_gb: float, cached: bool,
          progress: bool) -> tuple:
     "All predictions, category after category: rows of pairs, and the cache for its counts."
@@ -163,8 +163,8 @@ def _run(model, test, source: CropSource, batch_size: int, memory_gb: float, cac
     cache = FeatureCache(encode, memory_gb, batch_size)
     predict = _predict_cached if cached else _predict_uncached
     parts, first = [], 0
-    bar = tqdm(total=sum(len(e.query) for e in test.episodes), desc=_name(model), unit="pair", leave=False,
-               disable=None if progress else True)
+    total = sum(len(e.query) for e in test.episodes)
+    bar = progress_bar(None, _name(model), total, unit="pair", show=progress)
     for _, episodes in groupby(test.episodes, key=lambda e: e.category):
         episodes = list(episodes)
         for group in groups_that_fit(episodes, cache, roles) if look else [episodes]:
@@ -180,7 +180,7 @@ def _run(model, test, source: CropSource, batch_size: int, memory_gb: float, cac
     bar.close()
     return _stack(parts), cache
 
-# %% ../nbs/14_evaluation.ipynb #c020
+# %% ../nbs/14_evaluation.ipynb #c022
 def _report(rows: dict, data, settings: dict, thresholds) -> "Report":
     "Score the rows: distances of the keypoints that count, and what is needed to read them."
     mask = rows["seen"] & rows[f"seen_{settings['mask']}"]
@@ -196,7 +196,7 @@ def _report(rows: dict, data, settings: dict, thresholds) -> "Report":
                   points=rows["points"], confidence=rows["confidence"],
                   **{k: rows[k] for k in ("category", "query", "support", "episode")})
 
-# %% ../nbs/14_evaluation.ipynb #c022
+# %% ../nbs/14_evaluation.ipynb #c024
 @lru_cache
 def provenance() -> dict:
     "Versions that produced a result: cape, torch, numpy, python, and the git commit where there is one."
@@ -216,7 +216,7 @@ def _commit() -> str | None:
         return found.stdout.strip() + ("+" if git("status", "--porcelain", "-uno").stdout.strip() else "")
     except (OSError, subprocess.SubprocessError): return None
 
-# %% ../nbs/14_evaluation.ipynb #c023
+# %% ../nbs/14_evaluation.ipynb #c026
 @torch.no_grad()
 def evaluate(
     model,                  # a `CapeModel`
@@ -266,7 +266,7 @@ def _trained_size(model) -> int:
     "The crop side a checkpoint notes, or a model's own option says; else the papers' 256."
     return (getattr(model, "meta", None) or {}).get("size") or getattr(model, "config", {}).get("size") or 256
 
-# %% ../nbs/14_evaluation.ipynb #c025
+# %% ../nbs/14_evaluation.ipynb #c028
 EDGES = tuple(i / 100 for i in range(100))  # thresholds kept in a report's file, beside those asked for
 _ARRAYS = ("category", "query", "support", "episode")
 
@@ -327,24 +327,30 @@ class Report:
     def empty(self) -> int: return int((~self.mask.any(1)).sum())
     def __len__(self) -> int: return self.pairs
 
-# %% ../nbs/14_evaluation.ipynb #c028
+# %% ../nbs/14_evaluation.ipynb #c031
 def _interval(
     self: Report,
     metric=0.2,              # a threshold of PCK, or mpck, auc, nme
     level: float = 0.95,
-    supports: bool = False,  # True: the supports are drawn again as well
+    supports: bool | None = None,  # draw the supports again as well; None: if each category has two or more
     n: int = 1000,           # resamples
 ) -> metrics.Interval:       # mean, low, high
-    "Bootstrap over the query images of each category: what other photos of these categories might give."
+    "Bootstrap within each category: what other queries, and other supports, of these categories might give."
     return metrics.bootstrap(self.scores(metric), self.query, n, level=level, category=self.category,
-                             supports=self.support if supports else None)
+                             supports=self._shared(supports))
+
+def _shared(self: Report, asked: bool | None = None) -> np.ndarray | None:
+    "The support of each pair, if it is to be drawn again. With several shots the first stands for all."
+    scored = self.mask.any(1) | self.settings["official"]
+    several = [len(np.unique(self.support[scored & (self.category == c)])) != 1 for c in self.categories]
+    return self.support if asked or (asked is None and all(several)) else None
 
 def _compare(
     self: Report,
     other: Report,
     metric=0.2,               # a threshold of PCK, or mpck, auc, nme
     level: float = 0.95,
-    supports: bool = False,   # as in `interval`
+    supports: bool | None = None,   # as in `interval`
 ) -> metrics.Comparison:      # `difference` > 0: this one scores higher
     "Paired test on the same pairs. *Raises* `ConfigError` if the two reports are not of the same pairs."
     keys = ("fingerprint", "data_fingerprint", "protocol", "shots", "official", "mask")
@@ -355,12 +361,11 @@ def _compare(
         both = f"{self.settings['model']} and {other.settings['model']}"
         raise ConfigError(f"{both} were not scored on the same pairs ({told})")
     return metrics.paired_test(self.scores(metric), other.scores(metric), self.query, level=level,
-                               category=self.category,
-                               supports=self.support if supports else None)
+                               category=self.category, supports=self._shared(supports))
 
-Report.interval, Report.compare = _interval, _compare
+Report.interval, Report.compare, Report._shared = _interval, _compare, _shared
 
-# %% ../nbs/14_evaluation.ipynb #c030
+# %% ../nbs/14_evaluation.ipynb #c034
 def _per_category(self: Report) -> dict:
     "Category name -> its pairs, empty pairs, query images, PCK at each threshold, mPCK and NME."
     out = {}
@@ -393,7 +398,7 @@ def _by_occlusion(self: Report) -> dict:
 Report.per_category = property(_per_category)
 Report.per_keypoint, Report.by_occlusion = _per_keypoint, _by_occlusion
 
-# %% ../nbs/14_evaluation.ipynb #c031
+# %% ../nbs/14_evaluation.ipynb #c036
 def _cells(self: Report) -> list:
     "Rows (name, mean, low, high) of the metrics."
     rows = [(f"PCK@{t:g}", t) for t in self.thresholds]
@@ -420,7 +425,8 @@ def _summary(self: Report) -> str:
             title = f"PCK@{self.thresholds[-1]:g}, {name}"
             lines.append(f"{title:<26}{score.values[-1]:8.4f}   over {scored} keypoints")
     size, seconds, device = (self.settings[k] for k in ("size", "seconds", "device"))
-    lines.append("intervals: query images drawn again within each category; "
+    drawn = "query images" if self._shared() is None else "query images and supports"
+    lines.append(f"intervals: {drawn} drawn again within each category; "
                  f"crops of {size} px; {seconds:g} s on {device}")
     return "\n".join(lines)
 
@@ -435,7 +441,7 @@ def _repr(self: Report) -> str:
 Report._cells, Report._heading, Report.summary, Report._repr_html_ = _cells, _heading, _summary, _repr_html
 Report.__repr__ = _repr
 
-# %% ../nbs/14_evaluation.ipynb #c039
+# %% ../nbs/14_evaluation.ipynb #c045
 class Table:
     "Rows of text that print as a table, show as HTML and give `markdown()`."
     def __init__(self, head: list, rows: list): self.head, self.rows = head, rows
@@ -467,7 +473,7 @@ def table(
     row = lambda label, r: [label, *(cell(r.interval(c)) for c in columns), r.pairs]
     return Table(head, [row(label, r) for label, r in reports.items()])
 
-# %% ../nbs/14_evaluation.ipynb #c042
+# %% ../nbs/14_evaluation.ipynb #c048
 def _figure(
     self: Report,
     kind: str = "curve",          # curve: PCK over thresholds; categories: one bar each
@@ -481,8 +487,10 @@ def _figure(
         at = EDGES[1:51:3]
         curve = lambda r: (at, *np.array([r.interval(t, n=200) for t in at]).T)
         return pictures.pck_curves({name: curve(r) for name, r in reports.items()})
-    each = [metrics.bootstrap(self.scores(0.2)[here], self.query[here])
-            for here in (self.category == c for c in self.categories)]
+    shared, scores = self._shared(), self.scores(0.2)
+    draw = lambda here: metrics.bootstrap(scores[here], self.query[here],
+                                          supports=None if shared is None else shared[here])
+    each = [draw(self.category == c) for c in self.categories]
     bars = lambda r: [metrics.per_category(r.scores(0.2), r.category)[c][0] for c in self.categories]
     marks = {name: bars(r) for name, r in (others or {}).items()}
     mean, low, high = np.array(each).T
@@ -491,7 +499,7 @@ def _figure(
 
 Report.figure = _figure
 
-# %% ../nbs/14_evaluation.ipynb #c046
+# %% ../nbs/14_evaluation.ipynb #c052
 def _pack(array: np.ndarray) -> dict:
     "An array as json: dtype, shape, and its zipped bytes in base64."
     array = np.ascontiguousarray(array)
@@ -533,7 +541,7 @@ def _plain(value):
     if isinstance(value, np.generic): return value.item()
     return str(value) if isinstance(value, Path) else type(value).__name__
 
-# %% ../nbs/14_evaluation.ipynb #c047
+# %% ../nbs/14_evaluation.ipynb #c053
 def _from_json(
     cls,
     path: str | Path,  # a file of `to_json`

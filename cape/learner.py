@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 # %% ../nbs/13_learner.ipynb #c005
 from .data.annotations import write_atomic
 from .errors import CheckpointError, ConfigError, StorageError, TrainingError
-from .pictures import _figure, _styled
+from .pictures import lines
+from .progress import progress
 
-# %% ../nbs/13_learner.ipynb #c016
+# %% ../nbs/13_learner.ipynb #c017
 def seed_step(
     seed: int,      # of the run
     step: int,      # 0-based
@@ -34,7 +34,7 @@ def seed_step(
     word = int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
     random.seed(word); np.random.seed(word); torch.manual_seed(word)
 
-# %% ../nbs/13_learner.ipynb #c019
+# %% ../nbs/13_learner.ipynb #c020
 @dataclass(frozen=True)
 class TrainConfig:
     "All that decides a training run, as plain values. `PRESETS` holds three; `replace` makes others."
@@ -78,7 +78,7 @@ class TrainConfig:
         return dataclasses.replace(self, **changes)
     def to_dict(self) -> dict: return json.loads(json.dumps(dataclasses.asdict(self)))
 
-# %% ../nbs/13_learner.ipynb #c020
+# %% ../nbs/13_learner.ipynb #c022
 _AT_LEAST = dict(size=8, batch=1, steps=1, epochs=0, lr=0, warmup=0, weight_decay=0, clip=0, shots=1,
                  queries=1, seed=0, cache_gb=0, workers=0, log_every=1, pck_every=0, val_every=0,
                  val_episodes=1, val_queries=1, save_every=0, save_minutes=0, max_minutes=0)
@@ -102,7 +102,7 @@ def _check_config(config: TrainConfig) -> None:
                           f"got {config.milestones!r}")
     object.__setattr__(config, "milestones", tuple(config.milestones))
 
-# %% ../nbs/13_learner.ipynb #c021
+# %% ../nbs/13_learner.ipynb #c024
 PRESETS: dict[str, TrainConfig] = {
     "tiny": TrainConfig(preset="tiny", size=64, batch=16, steps=60, warmup=5, log_every=5, pck_every=10,
                         val_every=30, val_episodes=2, val_queries=3, save_every=20),
@@ -132,7 +132,7 @@ def train_config(
     paper = PAPER_SCHEDULES.get(model, {}) if preset == "paper" else {}
     return PRESETS[preset].replace(**{**paper, **changes})
 
-# %% ../nbs/13_learner.ipynb #c024
+# %% ../nbs/13_learner.ipynb #c027
 def lr_at(
     step: int,            # 0-based
     steps: int,           # of the whole run
@@ -144,7 +144,7 @@ def lr_at(
     if config.schedule == "constant": return config.lr * warm
     return config.lr * warm * 0.1**sum(step >= round(m * steps) for m in config.milestones)
 
-# %% ../nbs/13_learner.ipynb #c028
+# %% ../nbs/13_learner.ipynb #c032
 class TrainingStep(nn.Module):
     "`model.training_step` as a module's forward, which DDP sees; bf16 inside, float32 terms outside."
     def __init__(
@@ -164,7 +164,7 @@ class TrainingStep(nn.Module):
 
 def _name(model) -> str: return getattr(model, "name", "") or type(model).__name__
 
-# %% ../nbs/13_learner.ipynb #c031
+# %% ../nbs/13_learner.ipynb #c035
 def _write(
     path: Path,     # the file to make or to replace
     content: bytes,
@@ -176,7 +176,7 @@ def _write(
         left = "the file of before is intact" if there else "nothing was written"
         raise StorageError(f"{path} could not be saved ({error}); {left}") from error
 
-# %% ../nbs/13_learner.ipynb #c034
+# %% ../nbs/13_learner.ipynb #c038
 def feed(
     make,              # step -> batch; must depend on nothing but the step
     steps: range,      # which steps, in order
@@ -200,7 +200,7 @@ class _Steps(torch.utils.data.Dataset):
     def __len__(self) -> int: return len(self.steps)
     def __getitem__(self, i: int): return self.make(self.steps[i])
 
-# %% ../nbs/13_learner.ipynb #c037
+# %% ../nbs/13_learner.ipynb #c041
 def read_log(
     folder: str | Path,  # a run's folder, or its log.jsonl
 ) -> list[dict]:         # one dict a line, in order
@@ -213,7 +213,7 @@ def read_log(
         except json.JSONDecodeError: break
     return lines
 
-# %% ../nbs/13_learner.ipynb #c038
+# %% ../nbs/13_learner.ipynb #c043
 _STATE = "state.pt"
 _FREE = ("preset", "device", "workers", "log_every", "pck_every", "val_every", "val_episodes", "val_queries",
          "save_every", "save_minutes", "max_minutes")  # fields that change no weight
@@ -240,7 +240,7 @@ def _check_same_run(path: Path, then: dict, now: dict) -> None:
     raise ConfigError(f"{path} holds another run ({told}). "
                       "Take its settings, another `out`, or delete the folder")
 
-# %% ../nbs/13_learner.ipynb #c043
+# %% ../nbs/13_learner.ipynb #c048
 def make_sampler(
     model: nn.Module,    # a `CapeModel`; `trains_on` says what it needs
     data,                # a `PoseDataset`
@@ -266,7 +266,7 @@ def _crop_cache(data, config: TrainConfig, device):
         cache.patches = cache.patches.to(device)
     return cache
 
-# %% ../nbs/13_learner.ipynb #c044
+# %% ../nbs/13_learner.ipynb #c049
 def total_steps(
     config: TrainConfig,
     sampler,              # `len(sampler)` is its epoch, in episodes or images
@@ -274,7 +274,7 @@ def total_steps(
     "`config.steps`, or as many as `config.epochs` take; the last batch of an epoch may reach into the next."
     return max(1, round(config.epochs * len(sampler) / config.batch)) if config.epochs else config.steps
 
-# %% ../nbs/13_learner.ipynb #c047
+# %% ../nbs/13_learner.ipynb #c052
 class Learner:
     "Trains `model` on `train`; everything it writes is in `out`, and a run found there is continued."
     def __init__(
@@ -315,7 +315,7 @@ class Learner:
             if self.step < self.steps and self._out_of_time(): stopped = "time limit"; break
         return self._finish(stopped)
 
-# %% ../nbs/13_learner.ipynb #c049
+# %% ../nbs/13_learner.ipynb #c054
 def _start(self: Learner) -> None:
     "Make the folder, place the model, and continue what is found."
     from accelerate import Accelerator, DistributedDataParallelKwargs as Options
@@ -333,6 +333,7 @@ def _start(self: Learner) -> None:
     self.crops = None if self.own_sampler else _crop_cache(self.train, self.config, self.accelerator.device)
     stepper = TrainingStep(self.model.train(), self.config.precision == "bf16")
     self.stepper, self.optimizer = self.accelerator.prepare(stepper, optimizer)
+    self.model.meta = self._meta()
     self._window, self._rows, self._before = {}, 0, (self.seen, self.seconds)
     self._began = self._saved = self._since = time.perf_counter()
 
@@ -372,7 +373,7 @@ def _restore(self: Learner, state: dict, optimizer) -> None:
 Learner._start, Learner._open_folder = _start, _open_folder
 Learner._about, Learner._restore = _about, _restore
 
-# %% ../nbs/13_learner.ipynb #c051
+# %% ../nbs/13_learner.ipynb #c056
 def _batches(self: Learner):
     "Pairs of step and this process's share of its batch, on the device, with a progress bar."
     def make(step):
@@ -380,8 +381,7 @@ def _batches(self: Learner):
         return self._batch(self.sampler, list(everyone[self.rank::self.world]))
     steps = range(self.step, self.steps)
     workers = 0 if self.crops or self.own_sampler else self.config.workers
-    self.bar = tqdm(total=self.steps, initial=self.step, desc=_name(self.model), unit="step", leave=False,
-                    disable=None if self.rank == 0 else True)
+    self.bar = progress(None, _name(self.model), self.steps, self.step, "step", show=self.rank == 0)
     with self.bar:
         for step, batch in zip(steps, feed(make, steps, workers)):
             yield step, batch.to(self.accelerator.device)
@@ -393,7 +393,7 @@ def _batch(self: Learner, sampler, indices: list):
 
 Learner._batches, Learner._batch = _batches, _batch
 
-# %% ../nbs/13_learner.ipynb #c052
+# %% ../nbs/13_learner.ipynb #c058
 def _record(self: Learner, terms: dict, norm, batch) -> None:
     "Add one step to the running means; every `log_every` steps they become a line of the log."
     for name, value in {**terms, "grad_norm": norm}.items():
@@ -438,7 +438,7 @@ def _log(self: Learner, line: dict) -> None:
 Learner._record, Learner._write_line, Learner._log = _record, _write_line, _log
 Learner._mean, Learner._rate, Learner._due = _mean, _rate, _due
 
-# %% ../nbs/13_learner.ipynb #c054
+# %% ../nbs/13_learner.ipynb #c060
 @torch.no_grad()
 def _training_pck(self: Learner, episodes: int = 16) -> float:
     "PCK@0.2 of the crop's side on fixed, unaugmented episodes of the training categories."
@@ -479,7 +479,7 @@ def _validate(self: Learner) -> None:
 
 Learner._training_pck, Learner._validate = _training_pck, _validate
 
-# %% ../nbs/13_learner.ipynb #c056
+# %% ../nbs/13_learner.ipynb #c062
 def _time_to_save(self: Learner) -> bool:
     "By steps, by minutes, and after the last step."
     minutes = (time.perf_counter() - self._saved) / 60
@@ -498,12 +498,16 @@ def _save(self: Learner) -> None:
         self._save_weights("last.safetensors")
     self._saved = self._since = time.perf_counter()
 
+def _meta(self: Learner) -> dict:
+    "What a checkpoint says about its training, and what the model in memory says after `fit`."
+    size = getattr(self.sampler, "size", self.config.size)      # of the crops it has really seen
+    return dict(step=self.step, size=size, train_config=self.config.to_dict(), best=self.best)
+
 def _save_weights(self: Learner, name: str) -> None:
     "The model as a checkpoint that `load_model` reads."
     from cape.models.base import save_model
     path, there = self.out / name, (self.out / name).exists()
-    meta = dict(step=self.step, size=self.config.size, train_config=self.config.to_dict(), best=self.best)
-    try: save_model(self.model, path, **meta)
+    try: save_model(self.model, path, **self._meta())
     except Exception as error:
         left = "the one of before is intact" if there else "nothing was written"
         raise StorageError(f"{path} could not be saved ({type(error).__name__}: {error}); {left}") from error
@@ -516,9 +520,9 @@ def _out_of_time(self: Learner) -> bool:
     return over > 0
 
 Learner._time_to_save, Learner._out_of_time = _time_to_save, _out_of_time
-Learner._save, Learner._save_weights = _save, _save_weights
+Learner._save, Learner._save_weights, Learner._meta = _save, _save_weights, _meta
 
-# %% ../nbs/13_learner.ipynb #c058
+# %% ../nbs/13_learner.ipynb #c064
 def _not_finite(self: Learner, step: int, batch, terms: dict, norm) -> None:
     "Keep the batch that broke the run, then stop. *Raises* `TrainingError`."
     from safetensors.torch import save
@@ -535,12 +539,12 @@ def _not_finite(self: Learner, step: int, batch, terms: dict, norm) -> None:
 
 Learner._not_finite = _not_finite
 
-# %% ../nbs/13_learner.ipynb #c059
+# %% ../nbs/13_learner.ipynb #c065
 def _finish(self: Learner, stopped: str) -> dict:
     "Save, write result.json, and leave the model in eval mode."
     from cape.evaluation import provenance
     if self.step < self.steps: self._save()
-    self.model.eval()
+    self.model.eval().meta = self._meta()
     device, rate = self.accelerator.device, self.seen / max(1e-9, self.seconds)
     data = {k: getattr(self.train, k, None) for k in ("name", "fingerprint")}
     result = dict(
@@ -562,21 +566,18 @@ def _about_model(self: Learner) -> dict:
 
 Learner._finish, Learner._about_model = _finish, _about_model
 
-# %% ../nbs/13_learner.ipynb #c060
-@_styled
+# %% ../nbs/13_learner.ipynb #c067
 def plot_log(
     folders,         # a run's folder, or a dict of label -> folder
-):                   # matplotlib Figure
-    "Loss on the left, training and validation PCK@0.2 on the right, against the step."
+):                   # figure
+    "Loss on the left, training and validation PCK@0.2 on the right, against the step; a colour is a run."
     runs = folders if isinstance(folders, dict) else {"": folders}
-    figure, ((left, right),) = _figure(6, 2.6, 1, 2)
+    loss, score = {}, {}
     for i, (label, folder) in enumerate(runs.items()):
-        lines, colour = read_log(folder), f"C{i}"
-        for ax, key, style in ((left, "loss", "-"), (right, "train_pck", "-"), (right, "val_pck", "o--")):
-            at = [(l["step"], l[key]) for l in lines if key in l]
-            name = {"loss": "loss", "train_pck": "training", "val_pck": "validation"}[key]
-            if at: ax.plot(*zip(*at), style, color=colour, ms=4, label=f"{label} {name}".strip())
-    left.set(xlabel="step", ylabel="loss (sum of terms)", yscale="log")
-    right.set(xlabel="step", ylabel="PCK@0.2", ylim=(0, 1))
-    right.legend(fontsize=7, frameon=False)
-    return figure
+        log = read_log(folder)
+        for panel, key, name in ((loss, "loss", "loss"), (score, "train_pck", "training"),
+                                 (score, "val_pck", "validation")):
+            at = [(line["step"], line[key]) for line in log if key in line]
+            if at: panel[f"{label} {name}".strip()] = (*zip(*at), i)
+    labels = ["loss (sum of terms)", "PCK@0.2"]
+    return lines([loss, score], "step", labels, log=[bool(loss), False], ylim=[None, (0, 1)])

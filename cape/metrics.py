@@ -238,6 +238,12 @@ class Interval(NamedTuple):
     high: float
     def __str__(self): return f"{self.mean:.4f} [{self.low:.4f}, {self.high:.4f}]"
 
+def _times_drawn(rows: int, size: int, rng) -> np.ndarray: # (rows,size) float32
+    "How often each of `size` things comes when `size` are drawn with replacement, `rows` times."
+    drawn = rng.integers(0, size, (rows, size), dtype=np.int32)
+    drawn += np.arange(rows, dtype=np.int32)[:, None] * size
+    return np.bincount(drawn.reshape(-1), minlength=rows * size).reshape(rows, size).astype(np.float32)
+
 def _resampled_means(values, clusters, n: int, rng) -> np.ndarray: # (P,), (P,) int -> (n,)
     "Means of `values` with whole clusters drawn again with replacement, `n` times."
     sums, counts = np.bincount(clusters, values), np.bincount(clusters).astype(float)
@@ -247,10 +253,7 @@ def _resampled_means(values, clusters, n: int, rng) -> np.ndarray: # (P,), (P,) 
     out = []
     for start in range(0, n, step):
         rows = min(step, n - start)
-        drawn = rng.integers(0, size, (rows, size), dtype=np.int32)
-        drawn += np.arange(rows, dtype=np.int32)[:, None] * size
-        weight = np.bincount(drawn.reshape(-1), minlength=rows * size).reshape(rows, size)
-        total = weight.astype(np.float32) @ both
+        total = _times_drawn(rows, size, rng) @ both
         out.append(total[:, 0] / total[:, 1])
     return np.concatenate(out).astype(float)
 
@@ -258,13 +261,23 @@ def _resampled_means(values, clusters, n: int, rng) -> np.ndarray: # (P,), (P,) 
 def _crossed_means(values, clusters, supports, n: int, rng) -> np.ndarray: # (P,), (P,) int, (P,) int -> (n,)
     "Means with queries and supports drawn again independently; a pair's weight is the product of counts."
     clusters, supports = (np.unique(x, return_inverse=True)[1] for x in (clusters, supports))
-    both = np.stack([values, np.ones_like(values)], axis=1).astype(np.float32)
-    out = np.empty(n)
+    shape = clusters.max() + 1, supports.max() + 1
+    if shape[0] * shape[1] > 50 * len(values) + 10_000: return _crossed_sparse(values, clusters, supports, n, rng)
+    cells, out = np.ravel_multi_index((clusters, supports), shape), []
+    sums, counts = (np.bincount(cells, w, shape[0] * shape[1]).reshape(shape).astype(np.float32)
+                    for w in (values, np.ones(len(values))))
+    for start in range(0, n, step := max(1, 2_000_000 // max(shape))):
+        one, other = (_times_drawn(min(step, n - start), size, rng) for size in shape)
+        total, count = (np.einsum("ns,ns->n", one @ table, other) for table in (sums, counts))
+        out.append(np.where(count > 0, total / np.maximum(count, 1), np.nan))
+    return np.concatenate(out).astype(float)
+
+def _crossed_sparse(values, clusters, supports, n: int, rng) -> np.ndarray:
+    "The same for few pairs among many queries and supports, whose table would be large and empty."
+    both, out = np.stack([values, np.ones_like(values)], axis=1).astype(np.float32), np.empty(n)
     for i in range(n):
         weight = np.ones(len(values), np.float32)
-        for part in (clusters, supports):
-            size = part.max() + 1
-            weight *= np.bincount(rng.integers(0, size, size), minlength=size).astype(np.float32)[part]
+        for part in (clusters, supports): weight *= _times_drawn(1, part.max() + 1, rng)[0, part]
         total = weight @ both
         out[i] = total[0] / total[1] if total[1] else np.nan
     return out

@@ -14,7 +14,7 @@ from .errors import ConfigError, DataError
 
 # %% auto #0
 __all__ = ['SMALL', 'WIDE', 'INK', 'RULE', 'keypoint_colors', 'keypoint_markers', 'save', 'draw_pose', 'pose', 'Pose', 'panel',
-           'draw_errors', 'heatmaps', 'contact_sheet', 'pck_curves', 'category_bars']
+           'draw_errors', 'heatmaps', 'contact_sheet', 'pck_curves', 'lines', 'category_bars']
 
 # %% ../nbs/05_pictures.ipynb #c006
 _HUES = np.array([[0, 114, 178], [230, 159, 0], [0, 158, 115], [204, 121, 167],
@@ -338,8 +338,10 @@ def _color_bar(fig, axes, maps, label: str):
     "A bar for all of `axes`."
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
+    from matplotlib.ticker import MaxNLocator
     shown = ScalarMappable(Normalize(np.nanmin(maps), np.nanmax(maps)), "viridis")
     bar = fig.colorbar(shown, ax=list(axes), shrink=.8, pad=.01, aspect=15)
+    bar.locator = MaxNLocator(4)    # the same ticks at any length: they decide where the label stands
     bar.set_label(label)
     bar.outline.set_visible(False)
 
@@ -360,13 +362,14 @@ def contact_sheet(
     visible=None,       # n arrays (K,) bool
     links=None,         # n arrays (E,2), or one for all
     titles=None,        # n strings
+    occluded=None,      # n arrays (K,) bool, drawn hollow
     columns: int = 6,   # images in a row
     size: float = 3.5,  # marker diameter in points
     width: float = WIDE[0], # inches
 ):                      # figure
     "Many small images in rows, with their poses if given."
     images = list(images)
-    for name, given in (("keypoints", keypoints), ("visible", visible), ("titles", titles)):
+    for name, given in (("keypoints", keypoints), ("visible", visible), ("occluded", occluded), ("titles", titles)):
         if given is not None and len(given) != len(images):
             raise DataError(f"{len(images)} images but {len(given)} {name}")
     each = links if links is not None and len(links) and np.ndim(links[0]) == 2 else [links] * len(images)
@@ -375,8 +378,8 @@ def contact_sheet(
     for i, ax in enumerate(axes):
         title = _short(None if titles is None else titles[i], width / columns)
         if keypoints is None: _show(ax, images[i], title)
-        else: draw_pose(ax, images[i], keypoints[i], None if visible is None else visible[i], None, each[i],
-                        size=size, title=title)
+        else: draw_pose(ax, images[i], keypoints[i], None if visible is None else visible[i],
+                        None if occluded is None else occluded[i], each[i], size=size, title=title)
     return fig
 
 # %% ../nbs/05_pictures.ipynb #c031
@@ -409,6 +412,47 @@ def pck_curves(
     return fig
 
 # %% ../nbs/05_pictures.ipynb #c034
+@_styled
+def lines(
+    panels,                 # label -> (x, y) or (x, y, k): drawn in colour k; or a list of such dicts, side by side
+    xlabel="",              # of the x axes, with its unit; one string, or one a panel
+    ylabel="",              # of the y axes, with its unit; one string, or one a panel
+    log=False,              # logarithmic y axis; one bool, or one a panel
+    ylim=None,              # (low, high) of y; None: what the lines need; or a list, one a panel
+    width: float = WIDE[0], # inches
+    height: float = 2.4,    # inches
+):                          # figure
+    "Lines over a common axis, in panels side by side."
+    panels = [panels] if isinstance(panels, dict) else list(panels)
+    each = lambda value: value if isinstance(value, list) else [value] * len(panels)
+    fig, axes = _figure(width, height, 1, max(len(panels), 1))
+    for ax, some, x, y, scale, limits in zip(axes[0], panels, *map(each, (xlabel, ylabel, log, ylim))):
+        _draw_lines(ax, some)
+        ax.set(xlabel=x, ylabel=y, yscale="log" if scale else "linear")
+        if limits is not None: ax.set_ylim(limits)
+        if scale: _plain_ticks(ax)
+        ax.grid(color=RULE, lw=.6)
+        ax.set_axisbelow(True)
+        if any(some): ax.legend()
+    return fig
+
+def _plain_ticks(ax):
+    "Plain numbers on a logarithmic axis that spans little more than a power of ten."
+    low, high = ax.get_ylim()
+    if high > 30 * low: return
+    for axis in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter): axis(lambda y, _: f"{y:g}")
+
+def _draw_lines(ax, some: dict):
+    "The lines of one panel; those that share a colour differ in dash."
+    used = []
+    for i, (label, line) in enumerate(some.items()):
+        x, y, k = (*line, i)[:3]
+        if np.shape(x) != np.shape(y): raise DataError(f"{label}: {np.size(x)} x but {np.size(y)} y")
+        ax.plot(x, y, color=keypoint_colors(k + 1)[k], ls=_DASHES[used.count(k) % len(_DASHES)], lw=1.4,
+                marker=keypoint_markers(k + 1)[k] if len(x) <= 12 else None, ms=3.5, label=label)
+        used.append(k)
+
+# %% ../nbs/05_pictures.ipynb #c038
 @_styled
 def category_bars(
     names,                          # n strings

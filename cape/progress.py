@@ -21,7 +21,8 @@ class Lines:
     "Counts like a tqdm bar, and prints a line to standard output at most every `every` seconds."
     def __init__(self, iterable=None, desc="", total=None, initial=0, unit="it", every=10.0):
         if total is None and hasattr(iterable, "__len__"): total = len(iterable)
-        self.iterable, self.desc, self.total, self.n, self.initial, self.unit, self.every = iterable, desc, total, initial, initial, unit, every
+        self.iterable, self.desc, self.total, self.unit, self.every = iterable, desc, total, unit, every
+        self.n = self.initial = initial
         self.begin = self.last = time.perf_counter()
         self.note = ""
 
@@ -32,9 +33,12 @@ class Lines:
 
     def _say(self, now):
         self.last, rate = now, (self.n - self.initial)/max(now - self.begin, 1e-9)
-        left = f", {_clock((self.total - self.n)/rate)} left" if self.total and rate else ""
-        print(f"{self.desc}: {self.n:g}{f' of {self.total:g}' if self.total else ''} {self.unit}, {rate:.3g}/s, {_clock(now - self.begin)} gone{left}"
-              f"{', ' + self.note if self.note else ''}", flush=True)
+        of = f" of {self.total:g}" if self.total else ""
+        gone = f"{_clock(now - self.begin)} gone"
+        words = [f"{self.desc}: {self.n:g}{of} {self.unit}", f"{rate:.3g}/s", gone]
+        if self.total and rate: words.append(f"{_clock((self.total - self.n)/rate)} left")
+        if self.note: words.append(self.note)
+        print(", ".join(words), flush=True)
 
     def set_postfix_str(self, note, refresh=True): self.note = note
     def close(self): pass
@@ -52,8 +56,8 @@ def progress_mode() -> str:
     "How progress is shown here. *Raises* `ConfigError` if `$CAPE_PROGRESS` is none of the three."
     asked = os.environ.get("CAPE_PROGRESS")
     if asked:
-        if asked not in MODES: raise ConfigError(f"CAPE_PROGRESS is {asked!r}; expected one of {', '.join(MODES)}")
-        return asked
+        if asked in MODES: return asked
+        raise ConfigError(f"CAPE_PROGRESS is {asked!r}; expected one of {', '.join(MODES)}")
     if os.environ.get("IN_TEST"): return "off"
     return "bar" if "ipykernel" in sys.modules or sys.stderr.isatty() else "lines"
 
@@ -64,7 +68,7 @@ def progress(
     initial=0,        # steps done before
     unit: str = "it", # what is counted
     show: bool = True # False: never show anything
-):                    # a bar with `update`, `set_postfix_str`, `close`; may be walked through and used in `with`
+):                    # has `update`, `set_postfix_str`, `close`; may be walked through and used in `with`
     "A progress bar, lines of a log, or nothing: see `progress_mode`."
     mode = progress_mode() if show else "off"
     if mode == "lines": return Lines(iterable, desc, total, initial, unit)

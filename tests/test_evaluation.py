@@ -190,6 +190,31 @@ def test_only_the_same_pairs_are_compared(data):
     assert found.difference > 0 and found.low > 0 and found.p < .05
     with pytest.raises(ConfigError, match="official: False and True"): a.compare(evaluate(Oracle(), data, official=True, **SMALL))
 
+def test_intervals_draw_supports_again_where_there_are_several(data):
+    report = evaluate(Copy(), data, **SMALL)
+    both, queries = report.interval(), report.interval(supports=False)
+    assert both == report.interval(supports=True) != queries
+    assert both == metrics.bootstrap(report.scores(), report.query, category=report.category, supports=report.support)
+    assert "query images and supports drawn" in report.summary()
+    cells = {name: rest for name, *rest in report._cells()}
+    assert cells["PCK@0.2"] == list(both)
+    other = evaluate(Oracle((.1,)), data, **SMALL)
+    assert report.compare(other) == report.compare(other, supports=True) != report.compare(other, supports=False)
+    alone = evaluate(Copy(), data, **{**SMALL, "episodes": 1})           # one support a category: nothing to draw
+    assert alone.interval() == alone.interval(supports=False) and np.isfinite(alone.interval().low)
+    assert "query images drawn" in alone.summary()
+
+def test_intervals_are_fast_at_the_size_of_a_whole_split():
+    import time
+    rng, n = np.random.default_rng(0), 60_000
+    category = np.repeat(np.arange(20), n // 20)
+    query, support = category * 100 + rng.integers(0, 100, n), category * 100 + np.repeat(rng.integers(0, 100, n // 15), 15)
+    report = Report(dict(official=False), (.2,), {c: str(c) for c in range(20)}, {}, rng.random((n, 1)), np.ones((n, 1), bool),
+                    np.zeros((n, 1), bool), np.zeros(n), category, query, support, np.arange(n) // 15)
+    begin = time.process_time()
+    report.interval(.2)
+    assert time.process_time() - begin < 1.5                            # 0.2 s; 10 s with a loop over resamples of all pairs
+
 def test_tables_and_texts(data):
     a = evaluate(Oracle((.07,)), data, **SMALL)
     text = a.summary()

@@ -139,6 +139,28 @@ def test_a_run_writes_what_it_says(tmp_path):
     assert read_card(tmp_path / "a" / "last.safetensors")["meta"]["size"] == 32
     assert plot_log(tmp_path / "a").axes
 
+def test_a_model_fresh_from_fit_is_evaluated_at_its_size(tmp_path):
+    from cape.evaluation import evaluate
+    data = dots_data(tmp_path / "data")
+    for name, train, size in (("photos", data, 40), ("sampler", Dots(24), 24)):     # a sampler's own size counts
+        model = fresh()
+        Learner(model, train, None, QUICK.replace(size=40, steps=2, pck_every=0), tmp_path / name).fit()
+        assert model.meta["step"] == 2 and evaluate(model, data, episodes=2, queries=2, progress=False).settings["size"] == size
+        assert load_model(tmp_path / name / "last.safetensors").meta["size"] == size
+    model = fresh(Breaks)
+    Breaks.how, Breaks.at, Breaks.seen = "raise", 1, 0
+    with pytest.raises(RuntimeError): Learner(model, data, None, QUICK.replace(size=40), tmp_path / "cut").fit()
+    assert model.meta["size"] == 40                                     # one stops a run by hand and looks at the model
+
+def test_the_bar_may_be_lines_of_a_log(tmp_path, monkeypatch, capsys):
+    from cape import progress
+    monkeypatch.setenv("CAPE_PROGRESS", "lines")
+    monkeypatch.setattr(progress.Lines.__init__, "__defaults__", (*progress.Lines.__init__.__defaults__[:-1], 0.))
+    Learner(fresh(), Dots(), None, QUICK, tmp_path).fit()
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 12 and said[-1].startswith("testnet: 12 of 12 step")
+    assert all(word in said[-1] for word in ("loss ", "PCK 0.", " images/s"))
+
 def test_same_seed_same_result_and_another_seed_another(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         Learner(fresh(), Dots(), None, QUICK.replace(seed=seed), tmp_path / name).fit()

@@ -111,6 +111,21 @@ def test_bootstrap_laws():
     assert M.bootstrap(np.ones(400), photo, supports=np.arange(400) % 7) == (1, 1, 1)
 
 
+def test_supports_are_drawn_again_as_a_plain_loop_does():
+    rng = np.random.default_rng(3)
+    query, support = rng.integers(0, 12, 300), np.repeat(np.arange(20), 15)
+    values = .2 * query / 12 + .3 * support / 20 + rng.normal(0, .1, 300)
+    means = []
+    for _ in range(4000):
+        weight = np.bincount(rng.integers(0, 12, 12), minlength=12)[query] * np.bincount(rng.integers(0, 20, 20), minlength=20)[support]
+        means.append((weight * values).sum() / weight.sum())
+    found = M.bootstrap(values, query, n=4000, supports=support)
+    assert np.allclose(found[1:], np.quantile(means, [.025, .975]), atol=.005)
+    slow = M._crossed_sparse(values, query, support, 4000, np.random.default_rng(0))
+    assert np.allclose(np.quantile(slow, [.025, .975]), found[1:], atol=.005)
+    many = M.bootstrap(np.tile(values, 4), np.arange(1200), supports=np.arange(1200))     # a table would be empty
+    assert many.low < many.mean < many.high
+
 def test_bootstrap_of_categories_keeps_each():
     "Category means 0 and 1 without spread inside: a balanced interval has no width, a plain one has."
     values, kind = np.r_[np.zeros(30), np.ones(10)], np.r_[np.zeros(30), np.ones(10)]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['POSTURES', 'LIMITS', 'EARS', 'BONES', 'DEFAULTS', 'BLACK', 'DARK', 'WHITE', 'IVORY', 'PINK', 'HOOVED', 'CATTLE',
            'CAT', 'DOG', 'BEAR', 'RODENT', 'MARTEN', 'APE', 'STROLL', 'PROWL', 'AMBLE', 'SCURRY', 'PROFILE', 'WILD',
-           'TAME', 'NEAR', 'APES', 'TABLE', 'KEYPOINTS', 'LINKS', 'MACAQUE', 'MACAQUE_LINKS', 'BEASTS', 'Posture',
-           'Extra', 'Shape', 'beast', 'view']
+           'TAME', 'NEAR', 'APES', 'TABLE', 'KEYPOINTS', 'MACAQUE', 'BEASTS', 'Posture', 'Extra', 'Shape', 'beast',
+           'view']
 
 # %% ../../nbs/01c_beasts.ipynb #c002
 import math
@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 
 from .drawing import Body, Dice, Paint, about, rotation
-from .staging import Species
+from .staging import Species, make_species
 from ..errors import ConfigError
 
 # %% ../../nbs/01c_beasts.ipynb #c005
@@ -354,13 +354,13 @@ def _crest(color, high=.16, start=.0, end=1.05, radius=.05):
     return tuple(_blob("neck", color, (x, high, 0), (.17, radius + .05, .035)) for x in places)
 
 # %% ../../nbs/01c_beasts.ipynb #c022
-_HOOFED = {  # name: (id, shape, postures, views)
-    "horse_body": (2, replace(HOOVED,
+_HOOFED = {  # name: (shape, postures, views)
+    "horse_body": (replace(HOOVED,
         paints={"coat": _p((.48, .26, .13), gloss=.2), "tail": _p(DARK), "feet": _p(DARK)},
         neck=(.52, .2, .13, 52), muzzle=(2.2, .8, .52, -.45), tail=(.6, .07, .05, -68, -6),
         ears=("point", .6),
         extras=_crest(DARK, .29)), STROLL, WILD),
-    "zebra_body": (55, replace(HOOVED,
+    "zebra_body": (replace(HOOVED,
         paints={"coat": _STRIPED, "legs": replace(_STRIPED, scale=11), "arms": replace(_STRIPED, scale=11),
         "neck": replace(_STRIPED, scale=9), "head": replace(_STRIPED, scale=14), "face": _p((.25, .22, .2)),
         "feet": _p(BLACK), "tail": _p(WHITE, BLACK, "stripes", 6)},
@@ -368,7 +368,7 @@ _HOOFED = {  # name: (id, shape, postures, views)
         tail=(.5, .035, .05, -70, -5),
         extras=tuple(replace(e, color=BLACK if i % 2 else WHITE) for i, e in enumerate(_crest(BLACK, .3)))),
         STROLL, WILD),
-    "deer_body": (27, replace(HOOVED,
+    "deer_body": (replace(HOOVED,
         paints={"coat": _p((.62, .4, .22)), "under": _p((.75, .58, .42)), "tail": _p(WHITE),
         "nose": _p(BLACK)},
         trunk=(.24, .23, .23), limb=(.1, .036), neck=(.5, .14, .09, 55), head=(.12, 1.2, -20),
@@ -377,7 +377,7 @@ _HOOFED = {  # name: (id, shape, postures, views)
         (.2, 4.4, 1.3), radii=(.14, .12, .1, .05)),
         _chain("head", (.55, .45, .33), (-.55, 2.1, 1.25), (.5, 2.9, 1.6), radii=(.1, .05)),
         _chain("head", (.55, .45, .33), (-.2, 3.5, 1.7), (-.9, 4.3, 1.9), radii=(.1, .05)))), STROLL, TAME),
-    "antelope_body": (58, replace(HOOVED,
+    "antelope_body": (replace(HOOVED,
         paints={"coat": _p((.72, .48, .26)), "under": _p(WHITE), "face": _p((.55, .35, .2)),
         "feet": _p(BLACK), "tail": _p(DARK)},
         trunk=(.24, .22, .22), limb=(.095, .036), front=1.0, hind=1.04, neck=(.46, .13, .09, 55),
@@ -385,7 +385,7 @@ _HOOFED = {  # name: (id, shape, postures, views)
         extras=(_chain("head", (.15, .13, .12), (0, .8, .3), (-.5, 2.2, .75), (-.9, 3.4, .55),
         (-.6, 4.8, .75), radii=(.2, .17, .13, .05)),)),
         {**STROLL, "run": .7, "graze": 1, "lie": .3}, WILD),
-    "giraffe_body": (71, replace(HOOVED,
+    "giraffe_body": (replace(HOOVED,
         paints={"coat": _p((.93, .82, .6), (.58, .32, .14), "patches", 9),
         "neck": _p((.93, .82, .6), (.58, .32, .14), "patches", 11), "head": _p((.8, .6, .38)),
         "face": _p((.72, .52, .34)), "legs": _p((.93, .83, .62), (.62, .38, .2), "patches", 12),
@@ -396,7 +396,7 @@ _HOOFED = {  # name: (id, shape, postures, views)
         extras=(*_crest((.5, .28, .13), .09, 0, 1, .02),
         _chain("head", (.5, .35, .22), (-.2, .8, .3), (-.4, 1.7, .4), radii=(.2, .17)))),
         {"stand": 4, "walk": 4, "graze": .6, "run": .6}, WILD),
-    "cow_body": (87, replace(CATTLE,
+    "cow_body": (replace(CATTLE,
         paints={"coat": _p(WHITE, (.12, .1, .1), "patches", 2.6), "face": _p((.88, .74, .7)),
         "head": _p((.15, .13, .13)), "feet": _p(DARK), "legs": _p(WHITE), "arms": _p(WHITE),
         "ears": _p(DARK), "tail": _p(WHITE)},
@@ -406,7 +406,7 @@ _HOOFED = {  # name: (id, shape, postures, views)
         _blob("rump", PINK, (.7, -.85, 0), (.4, .4, .35)),
         _blob("tail", DARK, (0, 0, 0), (3, 1.6, 1.6)))),
         {"stand": 4, "walk": 4, "graze": 1.5, "lie": .7}, TAME),
-    "bison_body": (30, replace(CATTLE,
+    "bison_body": (replace(CATTLE,
         paints={"coat": _p((.4, .26, .16)), "chest": _p((.27, .17, .1), (.36, .23, .14), "speckle", 8),
         "head": _p(DARK), "face": _p(DARK), "neck": _p(DARK), "arms": _p(DARK), "feet": _p(BLACK)},
         trunk=(.42, .36, .28), neck=(.26, .28, .22, 2), head=(.2, 1.2, -45), front=.62, hind=.72,
@@ -415,7 +415,7 @@ _HOOFED = {  # name: (id, shape, postures, views)
         _blob("head", DARK, (.6, -1.1, 0), (.35, .7, .3)),
         _chain("head", IVORY, (-.2, .5, .7), (-.2, .7, 1.3), (-.2, 1.35, 1.4), radii=(.2, .17, .05)))),
         {"stand": 3, "walk": 4, "graze": 2, "lie": .5}, WILD),
-    "sheep_body": (42, replace(CATTLE,
+    "sheep_body": (replace(CATTLE,
         paints={"coat": _p((.9, .87, .8), (.78, .74, .66), "speckle", 14), "head": _p((.2, .18, .17)),
         "face": _p((.2, .18, .17)), "ears": _p((.2, .18, .17)), "legs": _p((.25, .22, .2)),
         "arms": _p((.25, .22, .2)), "feet": _p(BLACK)},
@@ -425,13 +425,13 @@ _HOOFED = {  # name: (id, shape, postures, views)
         _blob("rump", "coat", (-.2, .2, 0), (.95, .85, .8)),
         _blob("head", "coat", (-.35, .8, 0), (.6, .45, .6)))),
         {"stand": 4, "walk": 3, "graze": 1, "lie": .4}, TAME),
-    "pig_body": (15, replace(CATTLE,
+    "pig_body": (replace(CATTLE,
         paints={"coat": _p((.9, .67, .62)), "nose": _p((.85, .5, .5)), "feet": _p((.5, .4, .36))},
         trunk=(.33, .35, .33), width=.85, front=.52, hind=.55, limb=(.12, .055), neck=(.2, .26, .2, 10),
         head=(.19, 1.15, -20), muzzle=(1.75, .7, .48, -.3), ears=("leaf", .75),
         tail=(.18, .025, .015, 20, 60)),
         {"stand": 3, "walk": 4, "graze": 1, "lie": 1.5, "run": .5}, TAME),
-    "rhino_body": (31, replace(CATTLE,
+    "rhino_body": (replace(CATTLE,
         paints={"coat": _p((.56, .54, .51), (.47, .45, .43), "speckle", 4), "feet": _p((.4, .38, .36))},
         trunk=(.38, .4, .36), width=.88, front=.55, hind=.56, limb=(.16, .105), neck=(.3, .28, .22, 5),
         head=(.2, 1.25, -25), muzzle=(2.0, .8, .62, -.35), ears=("point", .55), tail=(.35, .03, .02, -75, 0),
@@ -440,7 +440,7 @@ _HOOFED = {  # name: (id, shape, postures, views)
         radii=(.36, .24, .05), pair=False),
         _chain("muzzle", (.35, .33, .3), (-.75, .65, 0), (-.72, 1.25, 0), radii=(.26, .05), pair=False))),
         {"stand": 3, "walk": 4, "graze": 1}, PROFILE),
-    "hippo_body": (54, replace(CATTLE,
+    "hippo_body": (replace(CATTLE,
         paints={"coat": _p((.45, .36, .37), gloss=.3), "under": _p((.6, .45, .43), gloss=.3),
         "face": _p((.52, .4, .4), gloss=.3), "nose": _p((.5, .38, .38))},
         trunk=(.4, .43, .39), width=.92, front=.42, hind=.44, limb=(.15, .095), neck=(.24, .32, .26, 6),
@@ -449,7 +449,7 @@ _HOOFED = {  # name: (id, shape, postures, views)
         extras=(_blob("muzzle", "face", (.1, .05, 0), (.8, .62, 1.02)),
         _blob("muzzle", DARK, (.55, .52, .35), (.13, .12, .1), True))),
         {"stand": 3, "walk": 4, "graze": 2, "lie": 2, "side": 1.2, "swim": 1}, TAME),
-    "elephant_body": (26, replace(CATTLE,
+    "elephant_body": (replace(CATTLE,
         paints={"coat": _p((.5, .48, .47), (.42, .4, .39), "speckle", 6), "feet": _p((.45, .43, .4))},
         trunk=(.4, .42, .39), width=.85, front=.85, hind=.82, limb=(.19, .13), foot=(1.05, .6, 1.0),
         flat=False, neck=(.22, .28, .24, 32), head=(.25, 1.0, -8), muzzle=(.8, .6, .42, -.5),
@@ -461,20 +461,20 @@ _HOOFED = {  # name: (id, shape, postures, views)
 }
 
 # %% ../../nbs/01c_beasts.ipynb #c024
-_HUNTERS = {  # name: (id, shape, postures, views)
-    "dog_body": (3, replace(DOG,
+_HUNTERS = {  # name: (shape, postures, views)
+    "dog_body": (replace(DOG,
         paints={"coat": _p((.8, .62, .36)), "face": _p((.85, .7, .48))},
         ears=("drop", .9),
         tail=(.5, .06, .04, 25, 12)),
         {"stand": 3, "walk": 2, "run": 2, "sit": 3, "lie": 1.5}, NEAR),
-    "wolf_body": (100, replace(DOG,
+    "wolf_body": (replace(DOG,
         paints={"coat": _p((.52, .49, .45), (.34, .32, .3), "speckle", 7), "under": _p((.7, .66, .6)),
         "face": _p((.78, .74, .68)), "legs": _p((.62, .57, .5)), "arms": _p((.62, .57, .5)),
         "eye": _p((.75, .6, .15), gloss=.6)},
         trunk=(.26, .21, .2), front=.76, hind=.8, neck=(.34, .2, .15, 30), tail=(.5, .06, .09, -62, 6),
         extras=(_blob("neck", "coat", (.4, -.05, 0), (.5, .55, .5)),)),
         {"stand": 3, "walk": 3, "run": 2.5, "lie": 2, "sit": 1.5, "side": .8, "graze": 1}, NEAR),
-    "fox_body": (68, replace(DOG,
+    "fox_body": (replace(DOG,
         paints={"coat": _p(_RUST), "under": _p((.85, .6, .4)), "face": _p(WHITE),
         "arms": _p(_RUST, DARK, "stripes", .1), "feet": _p(BLACK), "ears": _p(DARK),
         "tail": _p((.74, .4, .18))},
@@ -482,28 +482,28 @@ _HUNTERS = {  # name: (id, shape, postures, views)
         muzzle=(1.85, .62, .24, -.3), ears=("point", 1.15), tail=(.78, .06, .14, -28, 8),
         extras=(_blob("tail", WHITE, (0, 0, 0), (1.3, .85, .85)),)),
         {"stand": 3, "walk": 3, "run": 2, "sit": 1.5, "lie": 1.5}, NEAR),
-    "cat_body": (20, replace(CAT,
+    "cat_body": (replace(CAT,
         paints={"coat": _p((.62, .54, .45), (.3, .25, .2), "stripes", 6), "face": _p(WHITE),
         "eye": _p((.55, .65, .2), gloss=.6), "feet": _p(WHITE), "nose": _p(PINK)},
         head=(.16, 1.0, -10), muzzle=(.9, .55, .3, -.3),
         ears=("point", .85)),
         {"sit": 3, "lie": 2.5, "stand": 2, "walk": 2, "side": .8, "crouch": 1}, NEAR),
-    "bobcat_body": (21, replace(CAT,
+    "bobcat_body": (replace(CAT,
         paints={"coat": _p((.7, .55, .4), (.35, .25, .18), "spots", 9), "face": _p(WHITE), "ears": _p(DARK)},
         ears=("point", 1), tail=(.18, .05, .04, -30, 0), front=.66, hind=.74,
         extras=(_blob("head", WHITE, (.1, -.55, .75), (.3, .55, .25), True),
         _chain("head", BLACK, (-.3, 1.45, .75), (-.35, 1.9, .8), radii=(.08, .03)))), PROWL, NEAR),
-    "lion_body": (73, replace(CAT,
+    "lion_body": (replace(CAT,
         paints={"coat": _p((.78, .58, .34)), "under": _p((.84, .68, .46)), "face": _p((.86, .72, .52))},
         trunk=(.24, .21, .21), head=(.165, 1.08, -12), tail=(.75, .04, .03, -50, 16), limb=(.105, .06),
         extras=(_blob("head", (.4, .22, .1), (-.75, -.15, 0), (.75, 1.75, 1.5)),
         _blob("neck", (.45, .26, .12), (.1, -.25, 0), (.95, 1.0, .85)),
         _blob("tail", (.3, .17, .09), (0, 0, 0), (2.0, 1.3, 1.3)))), PROWL, TAME),
-    "leopard_body": (52, replace(CAT,
+    "leopard_body": (replace(CAT,
         paints={"coat": _p((.84, .63, .32), (.16, .1, .06), "spots", 9), "face": _p((.9, .82, .68))},
         trunk=(.25, .23, .23), head=(.145, 1.08, -12)),
         {**PROWL, "lie": 4, "hang": 1.5, "side": 2}, NEAR),
-    "cheetah_body": (85, replace(CAT,
+    "cheetah_body": (replace(CAT,
         paints={"coat": _p((.88, .7, .4), (.1, .07, .05), "spots", 19), "face": _p((.93, .86, .72)),
         "tail": _p((.85, .68, .4), BLACK, "stripes", 8)},
         trunk=(.2, .16, .165), front=.76, hind=.82, limb=(.08, .042), head=(.115, 1.02, -12),
@@ -511,23 +511,23 @@ _HUNTERS = {  # name: (id, shape, postures, views)
         extras=(_chain("head", BLACK, (.8, .2, .42), (1.05, -.25, .42), (.95, -.6, .48),
         radii=(.07, .07, .06)),)),
         {**PROWL, "run": 3}, TAME),
-    "panther_body": (9, replace(CAT,
+    "panther_body": (replace(CAT,
         paints={"coat": _p((.1, .1, .11), gloss=.3), "eye": _p((.85, .75, .2), gloss=.5)}), PROWL, NEAR),
 }
 
 # %% ../../nbs/01c_beasts.ipynb #c026
-_BEARS_AND_APES = {  # name: (id, shape, postures, views)
-    "panda_body": (5, replace(BEAR,
+_BEARS_AND_APES = {  # name: (shape, postures, views)
+    "panda_body": (replace(BEAR,
         paints={"coat": _p(WHITE), "chest": _p(BLACK), "legs": _p(BLACK), "arms": _p(BLACK),
         "feet": _p(BLACK), "ears": _p(BLACK)},
         head=(.24, 1.0, -10), muzzle=(1.1, .55, .36, -.3), ears=("round", 1),
         extras=(_blob("head", BLACK, (.78, .2, .42), (.2, .3, .26), True),)),
         {"sit": 3, "squat": 2, "walk": 3, "lie": 1, "stand": 1}, NEAR),
-    "polar_bear_body": (76, replace(BEAR,
+    "polar_bear_body": (replace(BEAR,
         paints={"coat": _p((.93, .91, .83)), "feet": _p((.85, .83, .76))},
         trunk=(.31, .34, .34), neck=(.36, .25, .17, 12), head=(.165, 1.15, -12), muzzle=(1.6, .62, .4, -.25),
         front=.7, hind=.72, ears=("round", .6)), AMBLE, TAME),
-    "raccoon_body": (90, replace(BEAR,
+    "raccoon_body": (replace(BEAR,
         paints={"coat": _p((.5, .47, .44), (.4, .37, .34), "speckle", 8), "face": _p((.86, .84, .8)),
         "head": _p((.6, .57, .53)), "tail": _p((.68, .62, .55), (.1, .09, .08), "stripes", 6),
         "arms": _p((.3, .28, .26)), "legs": _p((.35, .33, .3)), "feet": _p(DARK)},
@@ -537,7 +537,7 @@ _BEARS_AND_APES = {  # name: (id, shape, postures, views)
         extras=(_blob("head", BLACK, (.62, .2, .52), (.34, .24, .36), True),
         _blob("head", WHITE, (.62, .62, .5), (.3, .15, .34), True))),
         {**AMBLE, "rear": 1, "crouch": 1, "hang": .4}, NEAR),
-    "gorilla_body": (35, replace(APE,
+    "gorilla_body": (replace(APE,
         paints={"coat": _p((.12, .12, .13)), "face": _p((.3, .27, .26)), "rump": _p((.24, .24, .25)),
         "under": _p((.2, .2, .21)), "feet": _p((.1, .1, .1))},
         trunk=(.37, .36, .3), front=.95, hind=.62, limb=(.15, .09), neck=(.3, .24, .17, 48),
@@ -546,14 +546,14 @@ _BEARS_AND_APES = {  # name: (id, shape, postures, views)
         _blob("head", (.3, .27, .26), (.6, -.05, 0), (.42, .5, .55)),
         _blob("head", "coat", (.82, .42, 0), (.22, .2, .62)))),
         {"squat": 3, "walk": 3, "stand": 1.5, "sit": 1, "lie": 1.2, "side": .6}, APES),
-    "spider_monkey_body": (43, replace(APE,
+    "spider_monkey_body": (replace(APE,
         paints={"coat": _p((.2, .14, .1)), "face": _p((.7, .52, .42)), "under": _p((.45, .32, .2)),
         "feet": _p(BLACK)},
         trunk=(.18, .19, .17), front=1.05, hind=.98, limb=(.06, .035), head=(.15, 1.0, -5),
         tail=(1.2, .04, .025, 15, 34),
         extras=(_blob("head", (.7, .52, .42), (.62, .15, 0), (.4, .42, .5)),)),
         {"hang": 4, "squat": 3, "walk": 1.5}, APES),
-    "macaque_body": (92, replace(APE,
+    "macaque_body": (replace(APE,
         paints={"coat": _p((.55, .45, .33)), "face": _p((.85, .58, .5)), "under": _p((.68, .6, .48)),
         "ears": _p((.82, .58, .5)), "feet": _p((.35, .28, .24))},
         trunk=(.2, .22, .21), front=.8, hind=.78, limb=(.075, .042), head=(.165, 1.0, -5),
@@ -563,31 +563,31 @@ _BEARS_AND_APES = {  # name: (id, shape, postures, views)
 }
 
 # %% ../../nbs/01c_beasts.ipynb #c028
-_SMALL = {  # name: (id, shape, postures, views)
-    "hamster_body": (6, replace(RODENT,
+_SMALL = {  # name: (shape, postures, views)
+    "hamster_body": (replace(RODENT,
         paints={"coat": _p((.82, .58, .3)), "under": _p(WHITE), "face": _p(WHITE), "feet": _p(PINK),
         "arms": _p(WHITE), "nose": _p(PINK)},
         trunk=(.38, .44, .43), head=(.3, 1.05, -8), muzzle=(.95, .7, .3, -.25), ears=("round", .7), front=.3,
         hind=.4, limb=(.1, .05), tail=(.06, .04, .03, -20, 0),
         extras=(_blob("head", WHITE, (.35, -.35, .55), (.5, .4, .4), True),)), SCURRY, NEAR),
-    "rat_body": (88, replace(RODENT,
+    "rat_body": (replace(RODENT,
         paints={"coat": _p((.48, .42, .38)), "under": _p((.62, .57, .52)), "tail": _p((.75, .55, .52)),
         "feet": _p(PINK), "ears": _p((.78, .6, .56)), "nose": _p(PINK)},
         trunk=(.22, .28, .3), head=(.17, 1.3, -10), muzzle=(1.7, .66, .22, -.25), ears=("round", 1.1),
         tail=(1.0, .045, .012, -40, 12)), SCURRY, NEAR),
-    "rabbit_body": (29, replace(RODENT,
+    "rabbit_body": (replace(RODENT,
         paints={"coat": _p((.62, .52, .42)), "tail": _p(WHITE), "nose": _p(PINK),
         "under": _p((.68, .6, .5))},
         trunk=(.27, .33, .38), head=(.19, 1.15, -10), muzzle=(1.1, .66, .34, -.3), ears=("long", 1),
         front=.4, hind=.62, tail=(.1, .11, .1, 20, 0)),
         {"crouch": 6, "run": .8, "rear": .6}, PROFILE),
-    "squirrel_body": (33, replace(RODENT,
+    "squirrel_body": (replace(RODENT,
         paints={"coat": _p((.6, .33, .16)), "under": _p((.75, .55, .38)), "tail": _p((.7, .36, .15))},
         trunk=(.22, .25, .28), head=(.19, 1.15, -8), ears=("point", .75), front=.42, hind=.55,
         limb=(.08, .04), tail=(1.15, .12, .22, 62, 24),
         extras=(_blob("tail", "tail", (0, 0, 0), (1.4, 1.05, 1.05)),)),
         {"rear": 4, "crouch": 3, "run": 1.5, "hang": .7}, NEAR),
-    "beaver_body": (91, replace(RODENT,
+    "beaver_body": (replace(RODENT,
         paints={"coat": _p((.4, .25, .15)), "tail": _p((.2, .17, .16), (.28, .25, .23), "check", 16),
         "feet": _p(DARK), "nose": _p(BLACK)},
         trunk=(.28, .34, .36), muzzle=(1.2, .72, .5, -.2), ears=("round", .5), front=.34, hind=.42,
@@ -595,7 +595,7 @@ _SMALL = {  # name: (id, shape, postures, views)
         extras=(_blob("tail", "tail", (3.5, 0, 0), (4.6, .5, 2.2)),
         _chain("muzzle", (.9, .6, .2), (.35, -.35, .1), (.4, -.75, .1), radii=(.12, .1)))),
         {"crouch": 4, "rear": 2, "walk": 2, "swim": 2}, NEAR),
-    "skunk_body": (70, replace(MARTEN,
+    "skunk_body": (replace(MARTEN,
         paints={"coat": _p(BLACK), "tail": _p(WHITE, BLACK, "patches", 5)},
         trunk=(.2, .23, .24), arch=.08, front=.34, hind=.38, neck=(.18, .16, .12, 12), head=(.125, 1.2, -20),
         muzzle=(1.6, .6, .3, -.3), tail=(.8, .09, .2, 40, -14),
@@ -603,12 +603,12 @@ _SMALL = {  # name: (id, shape, postures, views)
         radii=(.22, .2, .18, .14)),
         _chain("head", WHITE, (1.6, .12, 0), (.6, .9, 0), (-.8, .9, 0), radii=(.1, .14, .2), pair=False))),
         {"walk": 4, "stand": 3, "crouch": 2, "run": 1.2, "graze": 2, "rear": 1.2, "side": .8}, NEAR),
-    "weasel_body": (95, replace(MARTEN,
+    "weasel_body": (replace(MARTEN,
         paints={"coat": _p((.6, .36, .18)), "under": _p(WHITE), "face": _p((.9, .85, .78))},
         tail=(.45, .035, .03, -15, 4),
         extras=(_blob("neck", WHITE, (.45, -.22, 0), (.62, .38, .45)),)),
         {"stand": 2, "walk": 2, "run": 3, "rear": 2.5, "crouch": 1}, NEAR),
-    "otter_body": (50, replace(MARTEN,
+    "otter_body": (replace(MARTEN,
         paints={"coat": _p((.36, .25, .18), gloss=.35), "face": _p((.7, .6, .5))},
         trunk=(.18, .2, .19), front=.3, hind=.32, limb=(.075, .045), head=(.13, 1.15, -8),
         neck=(.22, .155, .13, 25), muzzle=(1.05, .68, .42, -.25), ears=("round", .5),
@@ -626,12 +626,8 @@ KEYPOINTS = ("left_eye", "right_eye", "nose", "neck", "tail_root",
              "right_shoulder", "right_elbow", "right_front_paw",
              "left_hip", "left_knee", "left_back_paw",
              "right_hip", "right_knee", "right_back_paw")
-LINKS = ((0, 1), (0, 2), (1, 2), (2, 3), (3, 4), (3, 5), (5, 6), (6, 7), (3, 8), (8, 9), (9, 10),
-         (4, 11), (11, 12), (12, 13), (4, 14), (14, 15), (15, 16))
 _PAIRS = ("eye", "ear", "shoulder", "elbow", "wrist", "hip", "knee", "ankle")
 MACAQUE = ("nose", *(f"{side}_{part}" for part in _PAIRS for side in ("left", "right")))
-MACAQUE_LINKS = ((15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7),
-                 (6, 8), (7, 9), (8, 10), (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6))
 
 def _macaque(dice: Dice, shape: Shape, postures: dict[str, float]) -> Body:
     "A beast whose paws are called wrists and ankles"
@@ -647,13 +643,11 @@ def _drawn_box(body: Body) -> tuple[np.ndarray, np.ndarray]:
     air = .025*(high - low)[:2].max()
     return low - air, high + air
 
-def _species(name: str, id: int, shape: Shape, postures: dict[str, float], views: tuple) -> Species:
+def _species(name: str, shape: Shape, postures: dict[str, float], views: tuple) -> Species:
     "A row of the table as a `Species`; its keypoints are called by their parts"
-    names, links, build = KEYPOINTS, LINKS, beast
-    if name == "macaque_body": names, links, build = MACAQUE, MACAQUE_LINKS, _macaque
+    names, build = (MACAQUE, _macaque) if name == "macaque_body" else (KEYPOINTS, beast)
     weights = dict(zip(("side", "quarter", "front", "back"), views))
-    make = partial(build, shape=shape, postures=postures)
-    return Species(id, name, "animal body", names, names, links, make, partial(view, **weights),
-                   frame=_drawn_box, slack=.04, cut=.1, cover=.2)
+    return make_species(name, names, names, partial(build, shape=shape, postures=postures),
+                        partial(view, **weights), frame=_drawn_box, slack=.04, cut=.1, cover=.2)
 
 BEASTS: list[Species] = sorted((_species(name, *row) for name, row in TABLE.items()), key=lambda s: s.id)

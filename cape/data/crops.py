@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
+from ..progress import progress as progress_bar
 from ..errors import CapeError, ConfigError, DataError
 
 # %% auto #0
@@ -20,7 +20,7 @@ __all__ = ['MEAN', 'STD', 'square_matrix', 'crop_matrix', 'apply_matrix', 'inver
            'Augment', 'jitter_colour', 'make_heatmaps', 'InstanceTable', 'instance_table', 'Crops', 'CropSource',
            'CropLoader', 'CropCache']
 
-# %% ../../nbs/02_crops.ipynb #c006
+# %% ../../nbs/02_crops.ipynb #c005
 def square_matrix(
     centre,         # (...,2) x, y of the square's centre, image pixels
     side,           # (...) side of the square, image pixels
@@ -230,7 +230,7 @@ def _checked_image(image) -> np.ndarray:
         raise DataError(f"an image is an (H,W,3) array of uint8; got shape {image.shape}, {image.dtype}")
     return image
 
-# %% ../../nbs/02_crops.ipynb #c034
+# %% ../../nbs/02_crops.ipynb #c035
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def _channels(values, images):
@@ -250,7 +250,7 @@ def denormalise(
     levels = (images.float() * _channels(STD, images) + _channels(MEAN, images)) * 255
     return levels.round().clamp(0, 255).to(torch.uint8)
 
-# %% ../../nbs/02_crops.ipynb #c037
+# %% ../../nbs/02_crops.ipynb #c038
 @dataclass(frozen=True)
 class Augment:
     "How far a training crop may stray. *Source*: the configs of Pose for Everything and CapeFormer."
@@ -296,7 +296,7 @@ class Augment:
         turn = math.radians(min(2 * self.rotation, 45)) if self.rotate_p else 0.
         return (1 + self.scale) * (math.sin(turn) + math.cos(turn))
 
-# %% ../../nbs/02_crops.ipynb #c039
+# %% ../../nbs/02_crops.ipynb #c041
 def jitter_colour(
     images: torch.Tensor,  # (M,3,S,S) float, 0..255
     factors,               # (M,3) brightness, contrast, saturation
@@ -308,7 +308,7 @@ def jitter_colour(
         return change.adjust_saturation(change.adjust_contrast(image, contrast), saturation) * 255
     return torch.stack([one(image, *f) for image, f in zip(images, np.asarray(factors).tolist())])
 
-# %% ../../nbs/02_crops.ipynb #c041
+# %% ../../nbs/02_crops.ipynb #c043
 def make_heatmaps(
     keypoints: torch.Tensor,  # (...,K,2) crop units
     visible: torch.Tensor,    # (...,K) bool, or weights that count as visible above 0.5
@@ -340,7 +340,7 @@ def _bump(radius, sigma, device):
     offset = torch.from_numpy(np.stack([x.ravel(), y.ravel()], -1))
     return torch.from_numpy(value.ravel()).to(device), offset.to(device)
 
-# %% ../../nbs/02_crops.ipynb #c046
+# %% ../../nbs/02_crops.ipynb #c048
 class InstanceTable(NamedTuple):
     "Boxes and keypoints of all n instances as arrays, keypoints padded to the largest category."
     boxes: np.ndarray       # (n,4) float64, clean boxes
@@ -364,7 +364,7 @@ def instance_table(data) -> InstanceTable:
     boxes = np.array([instance.clean_box for instance in data.instances], np.float64)
     return InstanceTable(boxes, np.where(visibility[..., None] > 0, keypoints, 0), visibility, counts)
 
-# %% ../../nbs/02_crops.ipynb #c047
+# %% ../../nbs/02_crops.ipynb #c050
 class Crops(NamedTuple):
     "M crops of a data set, ready for a model."
     images: torch.Tensor | None  # (M,3,S,S) float32, normalised
@@ -412,7 +412,7 @@ class CropSource:
                             f"got {index.min()} to {index.max()}")
         return index, *(np.broadcast_to(np.asarray(v, np.float64), index.shape) for v in (scale, rotation))
 
-# %% ../../nbs/02_crops.ipynb #c049
+# %% ../../nbs/02_crops.ipynb #c052
 class CropLoader(CropSource):
     "Crops straight from the image files: nothing to prepare, slow to repeat. `keep` remembers plain crops."
     def __init__(self, data, size: int, padding=1.25, antialias=True, keep=False):
@@ -449,7 +449,7 @@ def _read(data, index: int) -> np.ndarray:
         it = data.instances[index]
         raise DataError(f"image {it.file_name!r} of annotation {it.id} is unreadable: {error}") from error
 
-# %% ../../nbs/02_crops.ipynb #c051
+# %% ../../nbs/02_crops.ipynb #c054
 class CropCache(CropSource):
     "Every instance decoded once; crops with any augmentation that `augment` allows, by one batched warp."
     def __init__(self,
@@ -494,8 +494,7 @@ class CropCache(CropSource):
         with ThreadPoolExecutor(_threads()) as pool:
             try:
                 work = pool.map(self._fill_image, groups.values())
-                hide = None if progress else True  # None: no bar where there is no terminal
-                for _ in tqdm(work, "decoding", len(groups), leave=False, disable=hide): pass
+                for _ in progress_bar(work, "decode", len(groups), unit="photo", show=progress): pass
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

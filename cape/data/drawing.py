@@ -21,9 +21,10 @@ class Dice:
     ): self.bits = np.random.PCG64(np.random.SeedSequence(seeds))
 
     def uniform(self, low=0.0, high=1.0, size=None):
-        "Numbers in [`low`, `high`)"
+        "Numbers in [`low`, `high`): one, or an array of shape `size`"
         raw = self.bits.random_raw(size)
-        return low + (high - low)*((raw >> 11)*2.0**-53 if size is None else (raw >> np.uint64(11)).astype(float)*2.0**-53)
+        share = (raw >> 11)*2.0**-53 if size is None else (raw >> np.uint64(11)).astype(float)*2.0**-53
+        return low + (high - low)*share
 
     def bell(self, mean=0.0, spread=1.0, size=None):
         "A bell of mean `mean` and standard deviation `spread` that ends at three spreads"
@@ -31,15 +32,20 @@ class Dice:
         u = self.uniform(-1.0, 1.0, (3, *shape)).sum(0)
         return mean + spread*(float(u) if size is None else u)
 
-    def chance(self, p: float) -> bool: return self.uniform() < p
-    def pick(self, options): return options[min(int(self.uniform(0, len(options))), len(options) - 1)]
+    def chance(self, p: float) -> bool:
+        "True with probability `p`"
+        return self.uniform() < p
+
+    def pick(self, options):
+        "One of `options`, each as likely"
+        return options[min(int(self.uniform(0, len(options))), len(options) - 1)]
 
 # %% ../../nbs/01a_drawing.ipynb #c008
 PATTERNS = ("plain", "stripes", "spots", "patches", "counter", "check", "rings", "speckle")
 
 @dataclass(frozen=True)
 class Paint:
-    "Colours and pattern of a solid."
+    "Colours and pattern of a solid. *Raises* `ConfigError` for an unknown pattern."
     color: tuple[float, float, float]                # red, green, blue in 0..1
     second: tuple[float, float, float] | None = None # the pattern's other colour; None is the same
     pattern: str = "plain"                           # one of `PATTERNS`
@@ -48,17 +54,20 @@ class Paint:
     glow: float = 0.0                                # light of its own, 0..1: 1 is the plain colour, unshaded
 
     def __post_init__(self):
-        if self.pattern not in PATTERNS: raise ConfigError(f"pattern {self.pattern!r}; expected one of {', '.join(PATTERNS)}")
+        if self.pattern in PATTERNS: return
+        raise ConfigError(f"pattern {self.pattern!r}; expected one of {', '.join(PATTERNS)}")
 
     def row(self) -> list[float]:
-        "The numbers the shader reads"
-        return [*self.color, *(self.second or self.color), PATTERNS.index(self.pattern), self.scale, self.gloss, self.glow]
+        "The ten numbers the shader reads"
+        look = PATTERNS.index(self.pattern), self.scale, self.gloss, self.glow
+        return [*self.color, *(self.second or self.color), *look]
 
 # %% ../../nbs/01a_drawing.ipynb #c010
 def rotation(heading=0.0, pitch=0.0, roll=0.0) -> np.ndarray:  # degrees
-    """Body axes to space, (3,3): at heading 0 the body faces the viewer, at 90 the right of the picture, at -90 the left.
+    """Body axes to space, (3,3).
 
-    `pitch` > 0 shows it from above; `roll` > 0 turns the picture counter-clockwise.
+    At heading 0 the body faces us, at 90 the right of the picture, at -90 the left; `pitch` > 0 shows it from
+    above; `roll` > 0 turns the picture counter-clockwise.
     """
     h, p, r = (math.radians(a) for a in (heading, pitch, roll))
     face = np.array([[math.sin(h), 0, -math.cos(h)], [0, 1, 0], [math.cos(h), 0, math.sin(h)]])
@@ -67,7 +76,7 @@ def rotation(heading=0.0, pitch=0.0, roll=0.0) -> np.ndarray:  # degrees
     return turn @ tilt @ face
 
 def about(axis: str, degrees: float) -> np.ndarray:
-    "Rotation (3,3) by `degrees` about a body's own `axis`: 'x' rolls, 'y' yaws to its left, 'z' pitches the nose up."
+    "Rotation (3,3) about a body's own `axis`: 'x' rolls, 'y' yaws to its left, 'z' pitches the nose up."
     a = math.radians(degrees)
     c, s = math.cos(a), math.sin(a)
     return np.array({"x": [[1, 0, 0], [0, c, -s], [0, s, c]], "y": [[c, 0, s], [0, 1, 0], [-s, 0, c]],
@@ -101,7 +110,8 @@ class Body:
     def ball(self, centre, radii, paint, axes=None):
         "An ellipsoid; one number for `radii` makes a sphere"
         r = np.broadcast_to(np.asarray(radii, float), (3,)).copy()
-        self.solids.append(Solid("ball", np.asarray(centre, float)[None], r, np.eye(3) if axes is None else np.asarray(axes), paint))
+        axes = np.eye(3) if axes is None else np.asarray(axes)
+        self.solids.append(Solid("ball", np.asarray(centre, float)[None], r, axes, paint))
         return self
 
     def limb(self, a, b, ra, rb, paint):
@@ -112,14 +122,16 @@ class Body:
 
     def chain(self, points, radii, paint):
         "Limbs through all `points`"
-        for a, b, ra, rb in zip(points[:-1], points[1:], radii[:-1], radii[1:]): self.limb(a, b, ra, rb, paint)
+        for a, b, ra, rb in zip(points[:-1], points[1:], radii[:-1], radii[1:]):
+            self.limb(a, b, ra, rb, paint)
         return self
 
     def patch(self, corners, paint):
-        "A flat convex polygon, seen from both sides; corners in order"
+        "A flat convex polygon, seen from both sides; corners in order. *Raises* `DataError` for a line"
         p = np.asarray(corners, float)
         n = np.cross(p[1] - p[0], p[2] - p[0])
-        if np.linalg.norm(n) < 1e-9: raise DataError(f"a patch needs three corners that are not in one line, got {p.tolist()}")
+        if np.linalg.norm(n) < 1e-9:
+            raise DataError(f"a patch needs three corners that are not in one line, got {p.tolist()}")
         e = (p[1] - p[0])/np.linalg.norm(p[1] - p[0])
         n = n/np.linalg.norm(n)
         self.solids.append(Solid("patch", p, np.zeros(0), np.stack([e, np.cross(n, e), n], 1), paint))
@@ -152,8 +164,9 @@ class Body:
         "A copy turned by `turn` (3,3), scaled, then shifted: x -> scale*turn@x + shift"
         turn = np.eye(3) if turn is None else turn
         go = lambda p: scale*p @ turn.T + np.asarray(shift, float)
-        solids = [replace(s, points=go(s.points), radii=s.radii*scale, axes=turn @ s.axes, paint=replace(s.paint, scale=s.paint.scale/scale))
-                  for s in self.solids]
+        painted = lambda p: replace(p, scale=p.scale/scale)
+        solids = [replace(s, points=go(s.points), radii=s.radii*scale, axes=turn @ s.axes,
+                          paint=painted(s.paint)) for s in self.solids]
         return Body(solids, {n: (go(p[None])[0], r*scale) for n, (p, r) in self.points.items()})
 
     def add(self, other: "Body"):
@@ -166,8 +179,11 @@ class Body:
         "Lowest and highest corner (3,), (3,) of everything"
         low, high = [], []
         for s in self.solids:
-            r = np.sqrt(((s.axes*s.radii)**2).sum(1)) if s.kind == "ball" else s.radii[:, None] if s.kind == "limb" else 0.0
-            low.append((s.points - r).min(0)); high.append((s.points + r).max(0))
+            r = 0.0
+            if s.kind == "ball": r = np.sqrt(((s.axes*s.radii)**2).sum(1))
+            if s.kind == "limb": r = s.radii[:, None]
+            low.append((s.points - r).min(0))
+            high.append((s.points + r).max(0))
         return np.min(low, 0), np.max(high, 0)
 
 # %% ../../nbs/01a_drawing.ipynb #c016
@@ -225,8 +241,12 @@ def _hit_patch(xp, X, Y, points, radii, axes):
 HITS = {"ball": _hit_ball, "limb": _hit_limb, "patch": _hit_patch}
 
 # %% ../../nbs/01a_drawing.ipynb #c021
-def hidden(body: Body, points: np.ndarray, radii: np.ndarray) -> np.ndarray:
-    "For `points` (K,3) whether some solid of `body` stands more than the point's radius (K,) in front of it: bool (K,)."
+def hidden(
+    body: Body,
+    points: np.ndarray,  # (K,3) in the body's axes, z towards the viewer
+    radii: np.ndarray,   # (K,) how far below a surface they may lie and still be seen
+) -> np.ndarray:         # (K,) bool
+    "Whether some solid of `body` stands more than its radius in front of each point."
     front = np.full(len(points), -np.inf)
     for s in body.solids:
         hit, z, *_ = HITS[s.kind](np, points[:, 0], points[:, 1], s.points, s.radii, s.axes)
@@ -237,14 +257,16 @@ def hidden(body: Body, points: np.ndarray, radii: np.ndarray) -> np.ndarray:
 def _pattern(xp, kind, p):
     "How much of the second colour, 0..1, at `p`, three arrays of place times scale."
     x, y, z = p
-    wave = xp.sin(2.3*x + 1.7*xp.sin(1.9*y)) + xp.sin(2.9*y + 1.3*xp.sin(2.1*z)) + xp.sin(2.5*z + xp.sin(3.1*x))
+    wave = xp.sin(2.3*x + 1.7*xp.sin(1.9*y)) + xp.sin(2.9*y + 1.3*xp.sin(2.1*z))
+    wave = wave + xp.sin(2.5*z + xp.sin(3.1*x))
     soft = lambda v: xp.clip(v*4 + 0.5, 0, 1)
     cell = [v - xp.floor(v) - 0.5 for v in p]
-    jitter = [0.15*xp.sin(12.9898*xp.floor(x) + 78.233*xp.floor(y) + 37.719*xp.floor(z) + i) for i in range(3)]
+    number = 12.9898*xp.floor(x) + 78.233*xp.floor(y) + 37.719*xp.floor(z)
+    jitter = [0.15*xp.sin(number + i) for i in range(3)]
     near = sum((c - j)**2 for c, j in zip(cell, jitter))
-    options = (0*x, soft(xp.sin(6.283*x + 0.5*wave)), soft((0.1 - near)*6), soft(wave - 0.3), xp.clip(0.5 - y, 0, 1),
-               ((xp.floor(x) + xp.floor(y) + xp.floor(z)) % 2) + 0*x, soft(xp.sin(6.283*y + 0.3*wave)),
-               xp.clip(0.35 + 0.2*wave, 0, 1))
+    options = (0*x, soft(xp.sin(6.283*x + 0.5*wave)), soft((0.1 - near)*6), soft(wave - 0.3),  # in the order
+               xp.clip(0.5 - y, 0, 1), ((xp.floor(x) + xp.floor(y) + xp.floor(z)) % 2) + 0*x,  # of `PATTERNS`
+               soft(xp.sin(6.283*y + 0.3*wave)), xp.clip(0.35 + 0.2*wave, 0, 1))
     out = 0*x
     for i, amount in enumerate(options[1:], 1): out = xp.where(kind == i, amount, out)
     return out
@@ -270,23 +292,25 @@ class Scene:
     height: int
     light: tuple[float, float, float] = (0.3, 0.6, 0.74)  # unit vector to the lamp
     ambient: float = 0.45                                 # light without direction, 0..1
-    backdrop: np.ndarray = field(default_factory=lambda: np.full((2, 2, 3), 0.8))  # (g,g,3) colours 0..1, blown up
-    grain: np.ndarray = field(default_factory=lambda: np.zeros((8, 8)))            # (t,t) noise, repeated over the picture
+    backdrop: np.ndarray = field(default_factory=lambda: np.full((2, 2, 3), 0.8))  # (g,g,3) colours, blown up
+    grain: np.ndarray = field(default_factory=lambda: np.zeros((8, 8)))  # (t,t) noise, repeated
 
 def _blow_up(n: int, g: int) -> np.ndarray:
     "Matrix (n,g) that interpolates a line of `g` values to `n`"
     at = np.linspace(0, g - 1, n)
     return np.clip(1 - np.abs(at[:, None] - np.arange(g)), 0, 1)
 
-def _background(xp, scene, to=lambda a: a):
+def _background(scene) -> np.ndarray:
+    "Colours (3,H,W) of the empty picture"
     rows, cols = (_blow_up(n, scene.backdrop.shape[i]) for i, n in enumerate((scene.height, scene.width)))
-    return to(np.einsum("hi,ijc,wj->chw", rows, scene.backdrop, cols, optimize=True).astype(np.float32))
+    return np.einsum("hi,ijc,wj->chw", rows, scene.backdrop, cols, optimize=True).astype(np.float32)
 
 def _smooth_edges(xp, image, which):
-    "Mean with the four neighbours wherever two solids meet: the stairs of a picture drawn without sub-pixels."
+    "Mean with the four neighbours where two solids meet: a picture drawn without sub-pixels has stairs."
     edge = xp.zeros_like(which[..., 1:-1, 1:-1] > 0)
     middle = which[..., 1:-1, 1:-1]
-    sides = ((slice(None, -2), slice(1, -1)), (slice(2, None), slice(1, -1)), (slice(1, -1), slice(None, -2)), (slice(1, -1), slice(2, None)))
+    before, here, after = slice(None, -2), slice(1, -1), slice(2, None)
+    sides = (before, here), (after, here), (here, before), (here, after)
     for r, c in sides: edge = edge | (which[..., r, c] != middle)
     core = image[..., 1:-1, 1:-1]
     mean = (core*2 + sum(image[..., r, c] for r, c in sides))/6
@@ -294,6 +318,7 @@ def _smooth_edges(xp, image, which):
     return image
 
 def _finish(xp, image, which, grain):
+    "Edges smoothed, grain added, 0..255"
     image = _smooth_edges(xp, image, which)
     h, w = image.shape[-2:]
     ty, tx = -(-h//grain.shape[-2]), -(-w//grain.shape[-1])
@@ -301,26 +326,33 @@ def _finish(xp, image, which, grain):
     return xp.clip(image*255 + 0.5, 0, 255)
 
 # %% ../../nbs/01a_drawing.ipynb #c027
-def draw(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # image (H,W,3) uint8, depth (H,W), solid's number or -1 (H,W)
-    "The picture of `scene`: each solid is tried only in the rectangle that it can touch."
+def _rectangle(s: Solid, height: int, width: int) -> tuple[slice, slice] | None:
+    "Rows and columns of the picture that `s` can touch"
+    low, high = Body([s]).extent()
+    c0, c1 = max(0, math.floor(low[0])), min(width, math.ceil(high[0]) + 1)
+    r0, r1 = max(0, math.floor(-high[1])), min(height, math.ceil(-low[1]) + 1)
+    return None if c0 >= c1 or r0 >= r1 else (slice(r0, r1), slice(c0, c1))
+
+def _nearest(scene: Scene) -> tuple[np.ndarray, ...]:
+    "Depth (H,W), number of the nearest solid or -1 (H,W), its normal (3,H,W) and the place on it (3,H,W)"
     H, W = scene.height, scene.width
     depth, which = np.full((H, W), -np.inf, np.float32), np.full((H, W), -1, np.int32)
     normal, place = np.zeros((3, H, W), np.float32), np.zeros((3, H, W), np.float32)
+    f = lambda a: a.astype(np.float32)
     for i, s in enumerate(scene.solids):
-        low, high = Body([s]).extent()
-        c0, c1 = max(0, math.floor(low[0])), min(W, math.ceil(high[0]) + 1)
-        r0, r1 = max(0, math.floor(-high[1])), min(H, math.ceil(-low[1]) + 1)
-        if c0 >= c1 or r0 >= r1: continue
-        X, Y = np.arange(c0, c1, dtype=np.float32)[None], -np.arange(r0, r1, dtype=np.float32)[:, None]
-        X, Y = np.broadcast_arrays(X, Y)
-        f = lambda a: a.astype(np.float32)
-        hit, z, n, p = HITS[s.kind](np, X, Y, f(s.points), f(s.radii), f(s.axes))
-        box = (slice(r0, r1), slice(c0, c1))
+        box = _rectangle(s, H, W)
+        if box is None: continue
+        Y, X = (f(a) for a in np.mgrid[box])
+        hit, z, n, p = HITS[s.kind](np, X, -Y, f(s.points), f(s.radii), f(s.axes))
         near = hit & (z > depth[box])
         depth[box][near], which[box][near] = z[near], i
         for k in range(3): normal[k][box][near], place[k][box][near] = n[k][near], p[k][near]
-    image = _background(np, scene)
-    on = which >= 0
+    return depth, which, normal, place
+
+def draw(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "The picture (H,W,3) uint8 of `scene`, its depth (H,W), and the number of the solid seen, or -1 (H,W)."
+    depth, which, normal, place = _nearest(scene)
+    image, on = _background(scene), which >= 0
     table = np.array([s.paint.row() for s in scene.solids] or [[0.0]*10], np.float32)
     light, ambient = [np.float32(v) for v in scene.light], np.float32(scene.ambient)
     image[:, on] = _shade(np, normal[:, on], place[:, on], table[which[on]].T, light, ambient)
@@ -328,13 +360,18 @@ def draw(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # image (H
     return out.transpose(1, 2, 0).astype(np.uint8), depth, which
 
 # %% ../../nbs/01a_drawing.ipynb #c029
-def to_pixels(body: Body, turn: np.ndarray, size: float, centre: tuple[float, float]) -> Body:
-    "`body` seen under `turn` (3,3), `size` pixels a body unit, its origin at column, row `centre`; units are then a scene's."
+def to_pixels(
+    body: Body,
+    turn: np.ndarray,              # (3,3), see `rotation`
+    size: float,                   # pixels a body unit
+    centre: tuple[float, float],   # column, row of the body's origin
+) -> Body:                         # in a scene's units
+    "`body` as the camera sees it."
     return body.moved(turn, (centre[0], -centre[1], 0), size)
 
 # %% ../../nbs/01a_drawing.ipynb #c035
 def _stack(torch, scenes, kind, device):
-    "Points, radii, axes and numbers of all solids of one `kind`, padded: (B,n,V,3), (B,n,R), (B,n,3,3), (B,n)"
+    "Points (B,n,V,3), radii (B,n,R), axes (B,n,3,3), numbers (B,n) of all solids of one `kind`, padded"
     mine = [[(i, s) for i, s in enumerate(sc.solids) if s.kind == kind] for sc in scenes]
     n, v = max(map(len, mine)), max((len(s.points) for m in mine for _, s in m), default=1)
     r = {"ball": 3, "limb": 2, "patch": 0}[kind]
@@ -352,34 +389,47 @@ class _TorchMath:
     "The few names the formulas use, with NumPy's habits"
     def __init__(self):
         import torch
-        self.torch, self.where, self.sqrt, self.abs, self.sin, self.floor = torch, torch.where, torch.sqrt, torch.abs, torch.sin, torch.floor
-        self.maximum, self.minimum, self.zeros_like = torch.maximum, torch.minimum, torch.zeros_like
+        self.torch = torch
+        for name in ("where", "sqrt", "abs", "sin", "floor", "maximum", "minimum", "zeros_like"):
+            setattr(self, name, getattr(torch, name))
     def clip(self, a, low, high): return a.clamp(low, high)
     def tile(self, a, reps): return a.repeat(*[1]*(a.ndim - len(reps)), *reps)
 
-def draw_batch(scenes: list[Scene], device="cpu") -> np.ndarray:  # (B,H,W,3) uint8
-    "The pictures of `scenes`, all of one size, drawn together on a torch `device`; equal to `draw` up to rounding at edges."
-    if len({(s.width, s.height) for s in scenes}) != 1: raise DataError("draw_batch needs scenes of one size")
-    xp = _TorchMath()
+def _nearest_batch(xp, scenes: list[Scene], device) -> tuple:
+    "The same as `_nearest` for a batch: numbers (B,H,W), normals (3,B,H,W), places (3,B,H,W)"
     torch, B, H, W = xp.torch, len(scenes), scenes[0].height, scenes[0].width
     X = torch.arange(W, device=device, dtype=torch.float32).expand(B, H, W)
     Y = -torch.arange(H, device=device, dtype=torch.float32)[:, None].expand(B, H, W)
     depth, which = torch.full((B, H, W), -1e9, device=device), torch.full((B, H, W), -1, device=device)
     normal, place = [torch.zeros(3, B, H, W, device=device) for _ in range(2)]
     for kind, hit_fn in HITS.items():
-        points, radii, axes, number = _stack(torch, scenes, kind, device)
-        for j in range(points.shape[1]):
-            hit, z, n, p = hit_fn(xp, X, Y, points[:, j, None, None], radii[:, j, None, None], axes[:, j, None, None])
+        *shape, number = _stack(torch, scenes, kind, device)
+        for j in range(number.shape[1]):
+            hit, z, n, p = hit_fn(xp, X, Y, *(v[:, j, None, None] for v in shape))
             i = number[:, j, None, None]
             near = hit & (i >= 0) & ((z > depth) | ((z == depth) & (i < which)))
             depth, which = torch.where(near, z, depth), torch.where(near, i.expand_as(which), which)
-            for k in range(3): normal[k], place[k] = torch.where(near, n[k], normal[k]), torch.where(near, p[k], place[k])
-    t = lambda a: torch.as_tensor(np.asarray(a), dtype=torch.float32, device=device)
+            for k in range(3):
+                normal[k] = torch.where(near, n[k], normal[k])
+                place[k] = torch.where(near, p[k], place[k])
+    return which, normal, place
+
+def draw_batch(
+    scenes: list[Scene],   # all of one size
+    device: str = "cpu",   # a torch device
+) -> np.ndarray:           # (B,H,W,3) uint8
+    "Pictures drawn together; equal to `draw` up to rounding at edges. *Raises* `DataError` for mixed sizes."
+    if len({(s.width, s.height) for s in scenes}) != 1: raise DataError("draw_batch needs scenes of one size")
+    xp = _TorchMath()
+    torch, t = xp.torch, lambda a: xp.torch.as_tensor(np.asarray(a), dtype=xp.torch.float32, device=device)
+    which, normal, place = _nearest_batch(xp, scenes, device)
     longest = max(len(s.solids) for s in scenes)
     table = t([[q.paint.row() for q in s.solids] + [[0.0]*10]*(longest - len(s.solids)) for s in scenes])
-    paint = table[torch.arange(B, device=device)[:, None, None], which.clamp(0, None)].movedim(-1, 0)
-    light, ambient = t([s.light for s in scenes]).T[..., None, None], t([s.ambient for s in scenes])[:, None, None]
-    image = torch.stack([_background(np, s, t) for s in scenes])
-    image = torch.where((which >= 0)[:, None], torch.stack(_shade(xp, normal, place, paint, light, ambient), 1), image)
+    rows = torch.arange(len(scenes), device=device)[:, None, None]
+    paint = table[rows, which.clamp(0, None)].movedim(-1, 0)
+    light, ambient = t([s.light for s in scenes]).T, t([s.ambient for s in scenes])
+    colors = _shade(xp, normal, place, paint, light[..., None, None], ambient[:, None, None])
+    empty = torch.stack([t(_background(s)) for s in scenes])
+    image = torch.where((which >= 0)[:, None], torch.stack(colors, 1), empty)
     out = _finish(xp, image, which, t(np.stack([s.grain for s in scenes])))
     return out.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()

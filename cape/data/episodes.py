@@ -25,7 +25,7 @@ class Episode:
     support: tuple[int, ...]    # N instances whose keypoints are shown
     query: tuple[int, ...]      # Q instances to be located
 
-# %% ../../nbs/03_episodes.ipynb #c010
+# %% ../../nbs/03_episodes.ipynb #c009
 CHOICE, AUGMENT, ORDER, TEST = 0, 1, 2, 16  # streams; a test category c draws from TEST + c
 PADDING = -2                                # in `query_index`: there is no such query
 
@@ -39,7 +39,7 @@ def episode_rng(
         raise ConfigError(f"seed, index and stream must not be negative; got {seed, index, stream}")
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([int(seed), int(stream), int(index)])))
 
-# %% ../../nbs/03_episodes.ipynb #c013
+# %% ../../nbs/03_episodes.ipynb #c012
 @dataclass(frozen=True, eq=False)
 class EpisodeBatch:
     "B episodes as tensors. Only the support's keypoints are required; the rest is None or made up."
@@ -307,7 +307,7 @@ class _Sampler:
     def __iter__(self):
         return (self[i] for i in range(len(self)))
 
-# %% ../../nbs/03_episodes.ipynb #c021
+# %% ../../nbs/03_episodes.ipynb #c022
 class TrainEpisodes(_Sampler):
     "Endless training episodes, balanced over categories. `len` is one epoch; larger indices are as good."
     def __init__(self,
@@ -338,7 +338,7 @@ class TrainEpisodes(_Sampler):
         chosen = [rows[j] for j in rng.choice(len(rows), self.shots + self.queries, replace=False)]
         return Episode(category, tuple(chosen[:self.shots]), tuple(chosen[self.shots:]))
 
-# %% ../../nbs/03_episodes.ipynb #c030
+# %% ../../nbs/03_episodes.ipynb #c031
 class TrainImages(_Sampler):
     "Training images one by one, as episodes without support; every epoch a permutation of all."
     def __init__(self,
@@ -361,7 +361,7 @@ class TrainImages(_Sampler):
         chosen = int(self._permutation(epoch, len(self.data))[place])
         return Episode(self.data.instances[chosen].category_id, (), (chosen,))
 
-# %% ../../nbs/03_episodes.ipynb #c033
+# %% ../../nbs/03_episodes.ipynb #c034
 def official_test_rows(
     by_category: dict[int, list[int]],  # instances of each category, in file order
     shots: int,
@@ -397,7 +397,7 @@ def official_train_pairs(
         out.append(pairs)
     return np.stack(out)
 
-# %% ../../nbs/03_episodes.ipynb #c034
+# %% ../../nbs/03_episodes.ipynb #c036
 class TestEpisodes(_Sampler):
     "A fixed list of test episodes, category by category."
     __test__ = False  # not a case for pytest

@@ -245,7 +245,7 @@ def _check_image(path: Path, entry: dict) -> tuple[str, str] | None:
 # %% ../../nbs/00b_health.ipynb #c029
 def _check_images(coco: dict, root: Path, workers: int | None, found: _Findings) -> int:
     "Images that are missing, unreadable, or of another size; `workers` None: a thread a core, at most 8."
-    from tqdm.auto import tqdm
+    from cape.progress import progress
     images = {i["file_name"]: i for i in coco["images"]}
     there = _present(root, images)
     lost = [name for name in images if name not in there]
@@ -253,7 +253,7 @@ def _check_images(coco: dict, root: Path, workers: int | None, found: _Findings)
     names = [name for name in images if name in there]
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         results = pool.map(lambda name: _check_image(root/name, images[name]), names)
-        for result in tqdm(results, "images", len(names), leave=False, disable=None):
+        for result in progress(results, "check images", len(names), unit="image"):
             if result: found.add(*result)
     return len(names)
 

@@ -48,8 +48,13 @@ class Size:
 
 SIZES = {"mini": Size(8, 128), "default": Size(60, 256), "full": Size(200, 320)}
 
-def member(species: Species, i: int, seed: int = 0, side: int = 256) -> Photograph:
-    "Photograph `i` of `species`; at least a third of its keypoints lie in the picture."
+def member(
+    species: Species,
+    i: int,            # which one, from 0
+    seed: int = 0,     # of the data set
+    side: int = 256,   # longest side of the picture, pixels
+) -> Photograph:
+    "A member with a third of its keypoints in the picture. *Raises* `ConfigError` if a hundred tries find none."
     for attempt in range(100):
         photo = photograph(species, seed, i, attempt, side=side)
         if (photo.visibility > 0).mean() >= 1/3 and min(photo.box[2:]) >= side/16: return photo
@@ -58,17 +63,25 @@ def member(species: Species, i: int, seed: int = 0, side: int = 256) -> Photogra
 def _annotate(species: Species, i: int, photo: Photograph) -> tuple[dict, dict]:
     "The entries of member `i` in an annotation file's `images` and `annotations`"
     number = species.id*1000 + i
-    image = dict(id=number, file_name=f"{species.name}/{i:04d}.jpg", width=photo.scene.width, height=photo.scene.height)
-    flat = [v for (x, y), f in zip(photo.keypoints.tolist(), photo.visibility.tolist()) for v in (round(x, 2), round(y, 2), f)]
-    return image, dict(id=number, image_id=number, category_id=species.id, bbox=list(photo.box), area=round(photo.box[2]*photo.box[3], 2),
+    scene, area = photo.scene, round(photo.box[2]*photo.box[3], 2)
+    image = dict(id=number, file_name=f"{species.name}/{i:04d}.jpg", width=scene.width, height=scene.height)
+    rows = zip(photo.keypoints.tolist(), photo.visibility.tolist())
+    flat = [v for (x, y), flag in rows for v in (round(x, 2), round(y, 2), flag)]
+    return image, dict(id=number, image_id=number, category_id=species.id, bbox=list(photo.box), area=area,
                        iscrowd=0, num_keypoints=int((photo.visibility > 0).sum()), keypoints=flat)
 
 def _category(s: Species) -> dict:
-    return dict(id=s.id, name=s.name, supercategory=s.supercategory, keypoints=list(s.keypoints), skeleton=[list(p) for p in s.links],
-                parts=list(s.parts), folder=s.name)
+    "The entry of a species in an annotation file's `categories`"
+    return dict(id=s.id, name=s.name, supercategory=s.supercategory, keypoints=list(s.keypoints),
+                skeleton=[list(p) for p in s.links], parts=list(s.parts), folder=s.name)
 
 # %% ../../nbs/01g_posezoo.ipynb #c011
+_REASONS = {errno.ENOSPC: "no room left on the disk", errno.EDQUOT: "the quota is used up",
+            errno.EACCES: "no permission to write there", errno.EPERM: "no permission to write there",
+            errno.EROFS: "it cannot be written to"}
+
 def _jpeg(pixels: np.ndarray) -> bytes:
+    "The file of a picture (H,W,3) uint8"
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "JPEG", quality=90)
     return out.getvalue()
@@ -93,9 +106,10 @@ def _build_category(folder: Path, s: Species, size: Size, seed: int, device: str
     write_atomic(folder/"parts"/f"{s.id}.json", json.dumps(part).encode())
 
 def _storage_error(folder: Path, e: OSError) -> StorageError:
-    why = {errno.ENOSPC: "no room left on the disk", errno.EACCES: "no permission to write there", errno.EROFS: "it cannot be written to",
-           errno.EDQUOT: "the quota is used up", errno.EPERM: "no permission to write there"}.get(e.errno, e.strerror or str(e))
-    return StorageError(f"{folder}: {why}. Categories that were finished are kept; build again to go on, or set $CAPE_DATA to another place")
+    "The same as an error of ours that says what to do"
+    why = _REASONS.get(e.errno, e.strerror or str(e))
+    return StorageError(f"{folder}: {why}. Categories that were finished are kept; build again to go on, "
+                        "or set $CAPE_DATA to another place")
 
 # %% ../../nbs/01g_posezoo.ipynb #c012
 def _work(folder: Path, ids: list[int], size: Size, seed: int, device: str | None):
@@ -104,14 +118,18 @@ def _work(folder: Path, ids: list[int], size: Size, seed: int, device: str | Non
         _build_category(folder, species()[i], size, seed, device)
         yield i
 
+def _start_worker(folder: Path, ids: list[int], size: Size, seed: int) -> subprocess.Popen:
+    "A fresh process that builds the categories `ids` and prints each one's id when it is done"
+    code = "import sys; from cape.data.posezoo import _worker; _worker(*sys.argv[1:])"
+    places = os.pathsep.join([str(Path(cape.__file__).parents[1]), *sys.path])
+    args = folder, size.members, size.side, seed, ",".join(map(str, ids))
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": places}
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], text=True, env=env,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
 def _share(folder: Path, ids: list[int], size: Size, seed: int, workers: int):
     "The same by `workers` fresh processes; yields as they report"
-    code = "import sys; from cape.data.posezoo import _worker; _worker(*sys.argv[1:])"
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(cape.__file__).parents[1]), *sys.path])}
-    args = [sys.executable, "-c", code, str(folder), str(size.members), str(size.side), str(seed)]
-    running = [subprocess.Popen([*args, ",".join(map(str, ids[w::workers]))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-               for w in range(workers)]
-    said = Queue()
+    running, said = [_start_worker(folder, ids[w::workers], size, seed) for w in range(workers)], Queue()
     def listen(p):
         for line in p.stdout: said.put(int(line))
         said.put(None)
@@ -124,32 +142,42 @@ def _share(folder: Path, ids: list[int], size: Size, seed: int, workers: int):
     finally:
         for p in running: p.kill()
 
-def _raise_from(folder, text):
+def _raise_from(folder: Path, text: str):
+    "Tell what a worker that failed wrote on its error stream"
     last = text.strip().splitlines()[-1] if text.strip() else "a worker died without a word"
-    if last.startswith("errno "): raise _storage_error(folder, OSError(int(last.split()[1]), os.strerror(int(last.split()[1]))))
+    if last.startswith("errno "):
+        number = int(last.split()[1])
+        raise _storage_error(folder, OSError(number, os.strerror(number)))
     raise ConfigError(f"{folder}: a worker that draws posezoo failed: {last}")
 
 def _worker(folder, members, side, seed, ids):
     "What a fresh process runs: prints the id of each category it finishes"
+    ids, size = [int(i) for i in ids.split(",") if i], Size(int(members), int(side))
     try:
-        for i in _work(Path(folder), [int(i) for i in ids.split(",") if i], Size(int(members), int(side)), int(seed), None): print(i, flush=True)
+        for i in _work(Path(folder), ids, size, int(seed), None): print(i, flush=True)
     except OSError as e:
         print(f"errno {e.errno or errno.EIO}", file=sys.stderr)
         raise SystemExit(3) from None
 
 # %% ../../nbs/01g_posezoo.ipynb #c014
+def _file_contents() -> dict[str, list[int]]:
+    "The ids of the categories in each annotation file, by its name"
+    facts, files = mp100_facts(), {"posezoo_all": list(species())}
+    for n, split in facts["splits"].items():
+        files |= {f"posezoo_split{n}_{subset}": ids for subset, ids in split.items()}
+    for name, split in facts["cross"].items():
+        files |= {f"fewshot_{subset}_{name.replace(' ', '')}": ids for subset, ids in split.items()}
+    return files
+
 def _write_annotations(folder: Path, seed: int, size: Size) -> None:
     "From the parts, all annotation files; the folder appears in one rename, as the last thing"
     parts = {i: json.loads((folder/"parts"/f"{i}.json").read_text()) for i in species()}
-    info = dict(description="PoseZoo, procedural, in MP-100's format", seed=seed, members=size.members, side=size.side)
-    facts = mp100_facts()
-    wanted = {"posezoo_all": list(parts)}
-    wanted |= {f"posezoo_split{n}_{subset}": ids for n, split in facts["splits"].items() for subset, ids in split.items()}
-    wanted |= {f"fewshot_{subset}_{name.replace(' ', '')}": ids for name, split in facts["cross"].items() for subset, ids in split.items()}
+    info = dict(description="PoseZoo, procedural, in MP-100's format", seed=seed, members=size.members,
+                side=size.side)
     new = folder/".annotations"
-    for name, ids in wanted.items():
-        content = dict(info=info, images=[r for i in ids for r in parts[i]["images"]], annotations=[r for i in ids for r in parts[i]["annotations"]],
-                       categories=[_category(species()[i]) for i in ids])
+    for name, ids in _file_contents().items():
+        content = {kind: [row for i in ids for row in parts[i][kind]] for kind in ("images", "annotations")}
+        content = dict(info=info, **content, categories=[_category(species()[i]) for i in ids])
         write_atomic(new/f"{name}.json", json.dumps(content, separators=(",", ":")).encode())
     os.replace(new, folder/"annotations")
     shutil.rmtree(folder/"parts")
@@ -158,31 +186,50 @@ def _same_plan(folder: Path, seed: int, size: Size) -> None:
     "Write down what is being built; *raises* `ConfigError` if something else was begun in this folder"
     plan, path = dict(seed=seed, members=size.members, side=size.side), folder/"plan.json"
     if path.exists() and (was := json.loads(path.read_text())) != plan:
-        raise ConfigError(f"{folder} was begun as {was}, now asked for {plan}; choose another folder or delete it")
+        raise ConfigError(f"{folder} was begun as {was}, now asked for {plan}; "
+                          "choose another folder or delete it")
     write_atomic(path, json.dumps(plan).encode())
+
+def _check_device(device: str) -> None:
+    "*Raises* `ConfigError` if torch cannot draw on `device`"
+    import torch
+    try: torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ConfigError(f"device {device!r} cannot be used: {str(e).splitlines()[0]}") from None
+
+def _steps(folder: Path, size: Size, seed: int, workers: int | None, device: str | None):
+    "Build the categories that are not there yet, alone or with others, and show how far it is"
+    todo = [i for i in species() if not (folder/"parts"/f"{i}.json").exists()]
+    workers = 1 if device is not None else min(workers or os.cpu_count() or 1, len(todo) or 1)
+    done = len(species()) - len(todo)
+    with progress(desc=f"posezoo -> {folder}", total=len(species()), initial=done, unit="categories") as bar:
+        if workers > 1: steps = _share(folder, todo, size, seed, workers)
+        else: steps = _work(folder, todo, size, seed, device)
+        for i in steps:
+            bar.update()
+            yield i
 
 def build(
     size: str | Size = "default",  # "mini", "default", "full", or a `Size` of one's own
     out: str | Path | None = None, # folder; None: `posezoo-<size>` in `data_home()`
     seed: int = 0,                 # another seed gives other members of the same species
     workers: int | None = None,    # processes; None: one a core
-    device: str | None = None,     # a torch device that draws in batches, in this process; None: the processors
+    device: str | None = None,     # a torch device that draws in batches, in this process; None: processors
 ) -> Path:                         # the folder, ready for `PoseDataset.load`
     """Draw the data set, or go on where an earlier build stopped; a finished one is left as it is.
 
-    *Raises* `StorageError` (no permission, disk full), `ConfigError` (unknown size, or a folder begun with another seed or size).
+    *Raises* `StorageError` (no permission, disk full), `ConfigError` (unknown size or device, or a folder begun
+    with another seed or size).
     """
-    if isinstance(size, str) and size not in SIZES: raise ConfigError(f"size of posezoo must be one of {', '.join(SIZES)}, got {size!r}")
-    folder = Path(out) if out is not None else data_home()/f"posezoo-{size if isinstance(size, str) else 'own'}"
-    size = SIZES[size] if isinstance(size, str) else size
+    if device is not None: _check_device(device)
+    name = size if isinstance(size, str) else "own"
+    if isinstance(size, str) and size not in SIZES:
+        raise ConfigError(f"size of posezoo must be one of {', '.join(SIZES)}, got {size!r}")
+    folder, size = Path(out) if out is not None else data_home()/f"posezoo-{name}", SIZES.get(name, size)
     try:
         _same_plan(folder, seed, size)
         if (folder/"annotations").is_dir(): return folder
-        todo = [i for i in species() if not (folder/"parts"/f"{i}.json").exists()]
-        workers = min(workers or os.cpu_count() or 1, len(todo) or 1)
-        steps = _share(folder, todo, size, seed, workers) if device is None and workers > 1 else _work(folder, todo, size, seed, device)
-        with progress(desc=f"posezoo -> {folder}", total=len(species()), initial=len(species()) - len(todo), unit="categories") as bar:
-            for _ in steps: bar.update()
+        for _ in _steps(folder, size, seed, workers, device): pass
         _write_annotations(folder, seed, size)
     except OSError as e:
         if isinstance(e, StorageError): raise

@@ -10,11 +10,12 @@ __all__ = ['SIDES', 'PALETTES', 'DRESS', 'SLEEVELESS', 'CUTS', 'OAK', 'WALNUT', 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from .drawing import Body, Dice, Paint, about
-from .staging import Species
+from .staging import Species, make_species
 
 # %% ../../nbs/01f_things.ipynb #c005
 SIDES = (("left", 1), ("right", -1))  # of clothes and furniture: left in the picture when seen from the front
@@ -609,39 +610,12 @@ _NAMES = {
                "headlight_left taillight_right taillight_left windshield roof_front_right roof_front_left "
                "roof_rear_right roof_rear_left",
 }
-_LINKS = {
-    "skirt": "3-4 4-5 5-6 6-7 7-2 2-1 1-0 0-3",
-    "shorts": "3-4 4-5 5-6 6-7 7-8 8-9 9-2 2-1 1-0 0-3",
-    "trousers": "3-4 4-5 5-6 6-7 7-8 8-9 9-10 10-11 11-12 12-13 13-2 2-1 1-0 0-3",
-    "sling": "0-1 1-2 2-3 3-4 4-5 5-0 6-1 1-7 7-8 8-9 9-10 10-11 11-12 12-13 13-5 5-14",
-    "sling_dress": "0-1 1-2 2-3 3-4 4-5 5-0 6-1 1-7 7-8 8-9 9-10 10-11 11-12 12-13 13-14 14-15 15-16 16-17 "
-                   "17-5 5-18",
-    "short_sleeved_outwear": "6-7 7-8 8-9 9-10 10-11 11-12 12-13 13-14 14-15 15-30 30-29 29-1 1-2 2-3 3-6 "
-                             "5-4 4-25 25-26 26-27 27-28 28-16 16-17 17-18 18-19 19-20 20-21 21-22 22-23 "
-                             "23-24 24-5 0-3 0-5",
-    "long_sleeved_outwear": "6-7 7-8 8-9 9-10 10-11 11-12 12-13 13-14 14-15 15-16 16-17 17-18 18-19 19-38 "
-                            "38-37 37-3 3-2 2-1 1-6 5-4 4-33 33-34 34-35 35-36 36-20 20-21 21-22 22-23 "
-                            "23-24 24-25 25-26 26-27 27-28 28-29 29-30 30-31 31-32 32-5 0-1 0-5",
-    "bed": "0-2 1-3 6-8 5-7 2-3 2-7 7-8 8-3 2-4 7-9",
-    "chair": "0-4 3-7 1-5 2-6 4-5 5-6 6-7 7-4 6-7 7-8 8-9 9-6",
-    "sofa": "0-2 1-3 7-9 8-10 2-3 3-10 10-9 9-2 2-4 3-5 10-12 9-11 4-5 11-12 4-6 6-13 13-11",
-    "swivelchair": "5-0 5-1 5-2 5-3 5-4 5-6 7-8 8-9 9-10 10-7 9-12 12-11 11-10 10-9",
-    "table": "0-2 2-3 3-1 1-0 1-5 7-3 6-2 4-0",
-    "vehicle": "0-2 1-3 0-1 2-3 9-11 10-12 9-10 11-12 4-0 4-9 4-5 5-1 5-10 6-2 6-11 7-3 7-12 6-7",
-}
-
-def _links(key: str, count: int) -> tuple[tuple[int, int], ...]:
-    "The links of a category; where none are listed, around the neckline and then once around the garment"
-    if key in _LINKS: return tuple(tuple(map(int, pair.split("-"))) for pair in _LINKS[key].split())
-    around = [(i, i + 1) for i in range(6, count - 1)]
-    return (*((i, (i + 1) % 6) for i in range(6)), (1, 6), *around, (count - 1, 5))
-
-def _species(id: int, name: str, group: str, build, view, **kw) -> Species:
-    "A species of this chapter: its names and links are looked up; all castors are the same part"
-    key = "vehicle" if group == "vehicle" else name
-    names = tuple(_NAMES[key].split() if key in _NAMES else _top_names(CUTS[name]))
-    parts, links = tuple("castor" if n.startswith("castor") else n for n in names), _links(key, len(names))
-    return Species(id, name, group, names, parts, links, build, view, **kw)
+def _species(name: str, build, view, **options) -> Species:
+    "A species of this chapter: its names are looked up; all castors are the same part"
+    key = "vehicle" if name in COACHWORKS else name
+    names = _NAMES[key].split() if key in _NAMES else _top_names(CUTS[name])
+    parts = ["castor" if n.startswith("castor") else n for n in names]
+    return make_species(name, names, parts, build, view, **options)
 
 # %% ../../nbs/01f_things.ipynb #c029
 def _roomy(share: float) -> Callable:
@@ -663,25 +637,22 @@ def _mostly(middle: float, spread: float, share: float, above=(4, 30), roll=2.0)
         return heading, dice.uniform(*above), dice.bell(0, roll)
     return view
 
-_TOP_IDS = {"vest": 62, "sling": 17, "vest_dress": 11, "sling_dress": 8, "short_sleeved_shirt": 25,
-            "short_sleeved_dress": 60, "short_sleeved_outwear": 83, "long_sleeved_shirt": 97,
-            "long_sleeved_dress": 64, "long_sleeved_outwear": 78}
 _SWAYS = {"sling_dress": (38, 19), "vest_dress": (26, 8)}  # turn and roll of those that hang otherwise
 _CLOTHES = dict(frame=_around_points, slack=0.035, cut=0.0, cover=0.1)
 _ROOM = dict(frame=_roomy(.06), slack=0.04, cut=0.0, cover=0.1)
 
-THINGS = [
-    _species(1, "skirt", "clothes", _skirt, _worn(30, 9, .06), **_CLOTHES),
-    _species(75, "shorts", "clothes", lambda d: _pants(d, True), _worn(34, 14, .06), **_CLOTHES),
-    _species(67, "trousers", "clothes", lambda d: _pants(d, False), _worn(44, 22, .14), **_CLOTHES | dict(slack=.045)),
-    *(_species(i, n, "clothes", lambda d, n=n: _top(CUTS[n], d), _worn(*_SWAYS.get(n, (32, 11))), **_CLOTHES)
-      for n, i in _TOP_IDS.items()),
-    _species(84, "bed", "furniture", _bed, _around(18, 30, True, (14, 36)), **_ROOM),
-    _species(45, "chair", "furniture", _chair, _around(36, 46, True, above=(5, 32)), **_ROOM),
-    _species(49, "sofa", "furniture", _sofa, _around(32, 0, above=(5, 35)), **_ROOM),
-    _species(39, "swivelchair", "furniture", _swivelchair, _around(52, 0, above=(5, 35)), **_ROOM),
-    _species(98, "table", "furniture", _table, _mostly(90, 26, .7, (10, 32)), **_ROOM),
-    *(_species(i, n, "vehicle", lambda d, n=n: _vehicle(d, n), view, cut=.3, cover=.15) for i, n, view in (
-        (38, "bus", _mostly(60, 30, .75, (3, 16))), (32, "car", _mostly(50, 50, .5, (2, 13))),
-        (51, "suv", _mostly(60, 40, .3, (2, 13))))),
+THINGS: list[Species] = [
+    _species("skirt", _skirt, _worn(30, 9, .06), **_CLOTHES),
+    _species("shorts", lambda d: _pants(d, True), _worn(34, 14, .06), **_CLOTHES),
+    _species("trousers", lambda d: _pants(d, False), _worn(44, 22, .14), **_CLOTHES | dict(slack=.045)),
+    *(_species(n, partial(_top, cut), _worn(*_SWAYS.get(n, (32, 11))), **_CLOTHES)
+      for n, cut in CUTS.items()),
+    _species("bed", _bed, _around(18, 30, True, (14, 36)), **_ROOM),
+    _species("chair", _chair, _around(36, 46, True, above=(5, 32)), **_ROOM),
+    _species("sofa", _sofa, _around(32, 0, above=(5, 35)), **_ROOM),
+    _species("swivelchair", _swivelchair, _around(52, 0, above=(5, 35)), **_ROOM),
+    _species("table", _table, _mostly(90, 26, .7, (10, 32)), **_ROOM),
+    *(_species(n, lambda d, n=n: _vehicle(d, n), view, cut=.3, cover=.15) for n, view in (
+        ("bus", _mostly(60, 30, .75, (3, 16))), ("car", _mostly(50, 50, .5, (2, 13))),
+        ("suv", _mostly(60, 40, .3, (2, 13))))),
 ]

@@ -180,10 +180,13 @@ def _write(
 def feed(
     make,              # step -> batch; must depend on nothing but the step
     steps: range,      # which steps, in order
-    workers: int = 0,  # processes; 0: a thread
+    workers: int | None = 0,  # processes; 0: a thread; None: made when asked for
     ahead: int = 2,    # batches the thread makes in advance
 ):
-    "Batches of `steps` in order, made ahead of time by a thread or by worker processes."
+    "Batches of `steps` in order, made when asked for, or ahead of time by a thread or by worker processes."
+    if workers is None:
+        yield from map(make, steps)
+        return
     if workers:
         yield from torch.utils.data.DataLoader(_Steps(make, steps), batch_size=None, num_workers=workers)
         return
@@ -380,7 +383,8 @@ def _batches(self: Learner):
         everyone = range(step * self.config.batch, (step + 1) * self.config.batch)
         return self._batch(self.sampler, list(everyone[self.rank::self.world]))
     steps = range(self.step, self.steps)
-    workers = 0 if self.crops or self.own_sampler else self.config.workers
+    workers = self.config.workers
+    if self.crops or self.own_sampler: workers = None if self.accelerator.device.type == "cpu" else 0
     self.bar = progress(None, _name(self.model), self.steps, self.step, "step", show=self.rank == 0)
     with self.bar:
         for step, batch in zip(steps, feed(make, steps, workers)):

@@ -118,9 +118,10 @@ def test_paper_schedule():
     assert [rate(s) for s in (500, 1699, 1700, 1999, 2000)] == pytest.approx([5e-4, 5e-4, 5e-5, 5e-5, 5e-6])
     assert lr_at(50, 100, config.replace(schedule="cosine", warmup=0)) == pytest.approx(2.5e-4)
 
-def test_feed_keeps_the_order_in_both_ways():
+def test_feed_keeps_the_order_in_every_way():
     square = lambda step: torch.tensor(step * step)
     assert [int(b) for b in feed(square, range(3, 9))] == [9, 16, 25, 36, 49, 64]
+    assert [int(b) for b in feed(square, range(3, 9), None)] == [9, 16, 25, 36, 49, 64]
     assert [int(b) for b in feed(square, range(3, 9), workers=2)] == [9, 16, 25, 36, 49, 64]
 
 

@@ -16,7 +16,7 @@ from functools import partial
 
 import numpy as np
 
-from .drawing import Body, Dice, Paint, about, rotation
+from .drawing import Body, Dice, Paint, about
 from .staging import Species, make_species
 from ..errors import ConfigError
 

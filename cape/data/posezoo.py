@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 import cape
-from .annotations import PoseDataset, data_home, mp100_facts, write_atomic
+from .annotations import data_home, mp100_facts, write_atomic
 from .drawing import draw, draw_batch
 from .staging import Photograph, Species, photograph
 from ..errors import ConfigError, StorageError
@@ -54,7 +54,7 @@ def member(
     seed: int = 0,     # of the data set
     side: int = 256,   # longest side of the picture, pixels
 ) -> Photograph:
-    "A member with a third of its keypoints in the picture. *Raises* `ConfigError` if a hundred tries find none."
+    "A member with a third of its keypoints in the picture. *Raises* `ConfigError` if there is none."
     for attempt in range(100):
         photo = photograph(species, seed, i, attempt, side=side)
         if (photo.visibility > 0).mean() >= 1/3 and min(photo.box[2:]) >= side/16: return photo
@@ -218,8 +218,8 @@ def build(
 ) -> Path:                         # the folder, ready for `PoseDataset.load`
     """Draw the data set, or go on where an earlier build stopped; a finished one is left as it is.
 
-    *Raises* `StorageError` (no permission, disk full), `ConfigError` (unknown size or device, or a folder begun
-    with another seed or size).
+    *Raises* `StorageError` (no permission, disk full), `ConfigError` (unknown size or device, or a folder
+    begun with another seed or size).
     """
     if device is not None: _check_device(device)
     name = size if isinstance(size, str) else "own"

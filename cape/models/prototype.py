@@ -52,10 +52,10 @@ def similarity(
     metric: str = "dot",       # dot, cosine, or euclidean (minus the mean squared difference)
 ) -> torch.Tensor:             # (B,Q,K,h,w)
     "How alike each place of each query is to each prototype."
-    if metric == "cosine":
-        prototypes, features = F.normalize(prototypes, dim=-1), F.normalize(features, dim=2)
+    if metric == "cosine": prototypes = F.normalize(prototypes, dim=-1)
     scores = (prototypes[:, None] @ features.flatten(3)).unflatten(-1, features.shape[-2:])
-    if metric != "euclidean": return scores
+    if metric == "cosine": return scores / features.norm(dim=2, keepdim=True).clamp(min=1e-12)
+    if metric == "dot": return scores
     lengths = prototypes.square().sum(-1)[:, None, :, None, None] + features.square().sum(2, keepdim=True)
     return (2 * scores - lengths) / features.shape[2]
 

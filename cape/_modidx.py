@@ -592,6 +592,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'cape.learner._validate': ('learner.html#_validate', 'cape/learner.py'),
                               'cape.learner._write': ('learner.html#_write', 'cape/learner.py'),
                               'cape.learner._write_line': ('learner.html#_write_line', 'cape/learner.py'),
+                              'cape.learner.fast_bf16': ('learner.html#fast_bf16', 'cape/learner.py'),
                               'cape.learner.feed': ('learner.html#feed', 'cape/learner.py'),
                               'cape.learner.load_state': ('learner.html#load_state', 'cape/learner.py'),
                               'cape.learner.lr_at': ('learner.html#lr_at', 'cape/learner.py'),

@@ -84,8 +84,8 @@ class SmallMaps(nn.Module):
     def __init__(
         self,
         out: tuple = (4,),                  # strides wanted, of 4 8 16 32
-        width: int = 48,                    # channels of every map given out
-        stages: tuple = (32, 64, 96, 128),  # channels at strides 4 8 16 32 on the way down
+        width: int = 40,                    # channels of every map given out
+        stages: tuple = (32, 48, 64, 96),   # channels at strides 4 8 16 32 on the way down
         blocks: tuple = (0, 1, 1, 1),       # residual blocks at each stride
     ):
         super().__init__()

@@ -33,8 +33,7 @@ def exact_heatmaps(
     centre = torch.where(weight[..., None] > 0, keypoints, 0.5) * size
     away = torch.arange(size, device=keypoints.device) - centre[..., None]       # (...,K,2,size)
     bell = (-away.square() / (2 * (sigma * size / 64) ** 2)).exp()
-    maps = bell[..., 1, :, None] * bell[..., 0, None, :]
-    return maps * weight[..., None, None], weight
+    return (bell[..., 1, :] * weight[..., None])[..., None] * bell[..., 0, None, :], weight
 
 # %% ../../nbs/12_prototypes.ipynb #c008
 def pool_features(
@@ -50,14 +49,17 @@ def similarity(
     prototypes: torch.Tensor,  # (B,K,C)
     features: torch.Tensor,    # (B,Q,C,h,w)
     metric: str = "dot",       # dot, cosine, or euclidean (minus the mean squared difference)
+    scale=1.0,                 # number or scalar tensor that multiplies the result
 ) -> torch.Tensor:             # (B,Q,K,h,w)
-    "How alike each place of each query is to each prototype."
-    if metric == "cosine": prototypes = F.normalize(prototypes, dim=-1)
-    scores = (prototypes[:, None] @ features.flatten(3)).unflatten(-1, features.shape[-2:])
-    if metric == "cosine": return scores / features.norm(dim=2, keepdim=True).clamp(min=1e-12)
-    if metric == "dot": return scores
-    lengths = prototypes.square().sum(-1)[:, None, :, None, None] + features.square().sum(2, keepdim=True)
-    return (2 * scores - lengths) / features.shape[2]
+    "How alike each place of each query is to each prototype; in float32, also under autocast."
+    with torch.autocast(features.device.type, enabled=False):
+        prototypes, features = prototypes.float(), features.float()
+        if metric == "cosine": prototypes = F.normalize(prototypes, dim=-1)
+        scores = (scale * prototypes[:, None] @ features.flatten(3)).unflatten(-1, features.shape[-2:])
+        if metric == "cosine": return scores / features.norm(dim=2, keepdim=True).clamp(min=1e-12)
+        if metric == "dot": return scores
+        lengths = prototypes.square().sum(-1)[:, None, :, None, None] + features.square().sum(2, keepdim=True)
+        return (2 * scores - scale * lengths) / features.shape[2]
 
 # %% ../../nbs/12_prototypes.ipynb #c014
 def square_loss(
@@ -122,8 +124,7 @@ class Matcher(CapeModel):
 
     def score(self, prototypes, maps):
         "Maps (B,Q,K,h,w): similarity, times the learned scale when its softmax is meant."
-        scores = similarity(prototypes, maps, self.metric)
-        return scores * self.log_scale.exp() if self.kind == "ce" else scores
+        return similarity(prototypes, maps, self.metric, self.log_scale.exp() if self.kind == "ce" else 1.0)
 
     def decode(self, scores):
         "Points (...,2) in crop units and confidence (...) of maps (...,h,w)."
@@ -140,9 +141,10 @@ class Matcher(CapeModel):
 
     def map_loss(self, scores, keypoints, visible):
         "The loss of maps (M,K,h,w) whose keypoints (M,K,2) are `visible` (M,K): a dict with one term."
-        target, weight = self.targets(keypoints, visible, scores.shape[-1])
-        if self.kind == "ce": return {"place": place_loss(scores, target, weight)}
-        return {"heatmap": square_loss(scores, target, weight, self.slots)}
+        if self.kind == "ce":  # of padded slots there are often more than of points: leave them out
+            scores, keypoints, visible = scores[visible][None], keypoints[visible][None], visible[visible][None]
+            return {"place": place_loss(scores, *self.targets(keypoints, visible, scores.shape[-1]))}
+        return {"heatmap": square_loss(scores, *self.targets(keypoints, visible, scores.shape[-1]), self.slots)}
 
     def loss(self, prediction, batch):
         seen = batch.query_visible & batch.support_visible.any(1)[:, None]

@@ -144,13 +144,13 @@ def lr_at(
     if config.schedule == "constant": return config.lr * warm
     return config.lr * warm * 0.1**sum(step >= round(m * steps) for m in config.milestones)
 
-# %% ../nbs/13_learner.ipynb #c032
+# %% ../nbs/13_learner.ipynb #c033
 def fast_bf16(device: torch.device) -> bool:
     "Whether `device` has units that multiply bfloat16: newer GPUs, and processors with AMX."
     if device.type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
-# %% ../nbs/13_learner.ipynb #c033
+# %% ../nbs/13_learner.ipynb #c034
 class TrainingStep(nn.Module):
     "`model.training_step` as a module's forward, which DDP sees; bf16 inside, float32 terms outside."
     def __init__(
@@ -170,7 +170,7 @@ class TrainingStep(nn.Module):
 
 def _name(model) -> str: return getattr(model, "name", "") or type(model).__name__
 
-# %% ../nbs/13_learner.ipynb #c036
+# %% ../nbs/13_learner.ipynb #c037
 def _write(
     path: Path,     # the file to make or to replace
     content: bytes,
@@ -182,7 +182,7 @@ def _write(
         left = "the file of before is intact" if there else "nothing was written"
         raise StorageError(f"{path} could not be saved ({error}); {left}") from error
 
-# %% ../nbs/13_learner.ipynb #c039
+# %% ../nbs/13_learner.ipynb #c040
 def feed(
     make,              # step -> batch; must depend on nothing but the step
     steps: range,      # which steps, in order
@@ -209,7 +209,7 @@ class _Steps(torch.utils.data.Dataset):
     def __len__(self) -> int: return len(self.steps)
     def __getitem__(self, i: int): return self.make(self.steps[i])
 
-# %% ../nbs/13_learner.ipynb #c042
+# %% ../nbs/13_learner.ipynb #c043
 def read_log(
     folder: str | Path,  # a run's folder, or its log.jsonl
 ) -> list[dict]:         # one dict a line, in order
@@ -222,7 +222,7 @@ def read_log(
         except json.JSONDecodeError: break
     return lines
 
-# %% ../nbs/13_learner.ipynb #c044
+# %% ../nbs/13_learner.ipynb #c045
 _STATE = "state.pt"
 _FREE = ("preset", "device", "workers", "log_every", "pck_every", "val_every", "val_episodes", "val_queries",
          "save_every", "save_minutes", "max_minutes")  # fields that change no weight
@@ -249,7 +249,7 @@ def _check_same_run(path: Path, then: dict, now: dict) -> None:
     raise ConfigError(f"{path} holds another run ({told}). "
                       "Take its settings, another `out`, or delete the folder")
 
-# %% ../nbs/13_learner.ipynb #c049
+# %% ../nbs/13_learner.ipynb #c050
 def make_sampler(
     model: nn.Module,    # a `CapeModel`; `trains_on` says what it needs
     data,                # a `PoseDataset`
@@ -275,7 +275,7 @@ def _crop_cache(data, config: TrainConfig, device):
         cache.patches = cache.patches.to(device)
     return cache
 
-# %% ../nbs/13_learner.ipynb #c050
+# %% ../nbs/13_learner.ipynb #c051
 def total_steps(
     config: TrainConfig,
     sampler,              # `len(sampler)` is its epoch, in episodes or images
@@ -283,7 +283,7 @@ def total_steps(
     "`config.steps`, or as many as `config.epochs` take; the last batch of an epoch may reach into the next."
     return max(1, round(config.epochs * len(sampler) / config.batch)) if config.epochs else config.steps
 
-# %% ../nbs/13_learner.ipynb #c053
+# %% ../nbs/13_learner.ipynb #c054
 class Learner:
     "Trains `model` on `train`; everything it writes is in `out`, and a run found there is continued."
     def __init__(
@@ -324,7 +324,7 @@ class Learner:
             if self.step < self.steps and self._out_of_time(): stopped = "time limit"; break
         return self._finish(stopped)
 
-# %% ../nbs/13_learner.ipynb #c055
+# %% ../nbs/13_learner.ipynb #c056
 def _start(self: Learner) -> None:
     "Make the folder, place the model, and continue what is found."
     from accelerate import Accelerator, DistributedDataParallelKwargs as Options
@@ -340,7 +340,8 @@ def _start(self: Learner) -> None:
     state = self._open_folder()
     if state: self._restore(state, optimizer)
     self.crops = None if self.own_sampler else _crop_cache(self.train, self.config, self.accelerator.device)
-    half = fast_bf16(self.accelerator.device) if self.config.precision == "auto" else self.config.precision == "bf16"
+    wanted = self.config.precision
+    half = wanted == "bf16" or (wanted == "auto" and fast_bf16(self.accelerator.device))
     stepper = TrainingStep(self.model.train(), half)
     self.stepper, self.optimizer = self.accelerator.prepare(stepper, optimizer)
     self.model.meta = self._meta()
@@ -383,7 +384,7 @@ def _restore(self: Learner, state: dict, optimizer) -> None:
 Learner._start, Learner._open_folder = _start, _open_folder
 Learner._about, Learner._restore = _about, _restore
 
-# %% ../nbs/13_learner.ipynb #c057
+# %% ../nbs/13_learner.ipynb #c058
 def _batches(self: Learner):
     "Pairs of step and this process's share of its batch, on the device, with a progress bar."
     def make(step):
@@ -404,7 +405,7 @@ def _batch(self: Learner, sampler, indices: list):
 
 Learner._batches, Learner._batch = _batches, _batch
 
-# %% ../nbs/13_learner.ipynb #c059
+# %% ../nbs/13_learner.ipynb #c060
 def _record(self: Learner, terms: dict, norm, batch) -> None:
     "Add one step to the running means; every `log_every` steps they become a line of the log."
     for name, value in {**terms, "grad_norm": norm}.items():
@@ -449,7 +450,7 @@ def _log(self: Learner, line: dict) -> None:
 Learner._record, Learner._write_line, Learner._log = _record, _write_line, _log
 Learner._mean, Learner._rate, Learner._due = _mean, _rate, _due
 
-# %% ../nbs/13_learner.ipynb #c061
+# %% ../nbs/13_learner.ipynb #c062
 @torch.no_grad()
 def _training_pck(self: Learner, episodes: int = 16) -> float:
     "PCK@0.2 of the crop's side on fixed, unaugmented episodes of the training categories."
@@ -490,7 +491,7 @@ def _validate(self: Learner) -> None:
 
 Learner._training_pck, Learner._validate = _training_pck, _validate
 
-# %% ../nbs/13_learner.ipynb #c063
+# %% ../nbs/13_learner.ipynb #c064
 def _time_to_save(self: Learner) -> bool:
     "By steps, by minutes, and after the last step."
     minutes = (time.perf_counter() - self._saved) / 60
@@ -533,7 +534,7 @@ def _out_of_time(self: Learner) -> bool:
 Learner._time_to_save, Learner._out_of_time = _time_to_save, _out_of_time
 Learner._save, Learner._save_weights, Learner._meta = _save, _save_weights, _meta
 
-# %% ../nbs/13_learner.ipynb #c065
+# %% ../nbs/13_learner.ipynb #c066
 def _not_finite(self: Learner, step: int, batch, terms: dict, norm) -> None:
     "Keep the batch that broke the run, then stop. *Raises* `TrainingError`."
     from safetensors.torch import save
@@ -550,7 +551,7 @@ def _not_finite(self: Learner, step: int, batch, terms: dict, norm) -> None:
 
 Learner._not_finite = _not_finite
 
-# %% ../nbs/13_learner.ipynb #c066
+# %% ../nbs/13_learner.ipynb #c067
 def _finish(self: Learner, stopped: str) -> dict:
     "Save, write result.json, and leave the model in eval mode."
     from cape.evaluation import provenance
@@ -577,7 +578,7 @@ def _about_model(self: Learner) -> dict:
 
 Learner._finish, Learner._about_model = _finish, _about_model
 
-# %% ../nbs/13_learner.ipynb #c068
+# %% ../nbs/13_learner.ipynb #c069
 def plot_log(
     folders,         # a run's folder, or a dict of label -> folder
 ):                   # figure

@@ -2,13 +2,17 @@
 import json
 
 import pytest
-from conftest import run_notebook
+from conftest import ROOT
+from run_notebook import run
+
+DEMO = ROOT/"nbs"/"experiments"/"demo.ipynb"
+SMALL = dict(size="mini", preset="tiny", steps=20)
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory, posezoo_mini):
     out = tmp_path_factory.mktemp("demo")
-    run_notebook("experiments/demo", out, size="mini", preset="tiny", steps=20, episodes=3, queries=2, out=str(out/"run"), figures=str(out))
+    run(DEMO, out/"demo.ipynb", SMALL | dict(episodes=3, queries=2, out=str(out/"run"), figures=str(out)))
     return out
 
 
@@ -24,5 +28,5 @@ def test_it_leaves_pictures_and_numbers(demo):
 
 def test_a_second_run_trains_nothing_again(demo):
     log = (demo/"run"/"log.jsonl").read_text()
-    run_notebook("experiments/demo", demo, size="mini", preset="tiny", steps=20, episodes=1, queries=1, out=str(demo/"run"), figures=str(demo))
+    run(DEMO, demo/"again.ipynb", SMALL | dict(episodes=1, queries=1, out=str(demo/"run"), figures=str(demo)))
     assert (demo/"run"/"log.jsonl").read_text() == log

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Prediction', 'peaks', 'cells_to_unit', 'decode_quarter', 'decode_soft', 'box_filter', 'fold', 'unfold', 'CapeModel',
            'toy_batch', 'check_contract', 'register_model', 'list_models', 'model_class', 'create_model', 'save_model',
-           'read_card', 'check_tensors', 'load_model']
+           'read_card', 'rename_tensors', 'check_tensors', 'load_model']
 
 # %% ../../nbs/11_contract.ipynb #c003
 import importlib
@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -138,6 +139,7 @@ class CapeModel(nn.Module):
     needs_images = True
     roles_differ = False
     equivariant = True
+    look = False
     confidence_is = "not calibrated"
 
     def __new__(cls, *args, **kw):
@@ -396,7 +398,29 @@ def read_card(
     except Exception as e:
         raise CheckpointError(f"{path}: torn, or not a safetensors file ({type(e).__name__}: {e})") from e
 
-# %% ../../nbs/11_contract.ipynb #c046
+# %% ../../nbs/11_contract.ipynb #c047
+def rename_tensors(
+    state: dict,         # foreign name -> tensor
+    rules: dict,         # pattern of a whole foreign name (re) -> own name, with its groups
+    source="checkpoint", # what to call it in the message
+) -> dict:               # own name -> tensor
+    "The tensors under our names, by the first rule that fits. *Raises* `CheckpointError` naming strays."
+    renamed, strays, torn = {}, [], []
+    for name, tensor in state.items():
+        rule = next((p for p in rules if re.fullmatch(p, name)), None)
+        if rule is None:
+            strays.append(name)
+            continue
+        own = re.sub(rule, rules[rule], name)
+        if own in renamed and not torch.equal(renamed[own], tensor): torn.append(name)
+        renamed.setdefault(own, tensor)
+    some = lambda names: ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    parts = [f"{word}: {some(names)}" for word, names in
+             (("unexpected", strays), ("stored twice with different values", torn)) if names]
+    if parts: raise CheckpointError(f"{source} does not fit; " + "; ".join(parts))
+    return renamed
+
+# %% ../../nbs/11_contract.ipynb #c049
 def check_tensors(
     model: nn.Module,
     state: dict,         # name -> tensor

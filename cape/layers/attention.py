@@ -16,12 +16,12 @@ from torch import nn
 
 from ..errors import ConfigError, DataError
 
-# %% ../../nbs/16_transformers.ipynb #c004
+# %% ../../nbs/16_transformers.ipynb #c005
 def _waves(
     values: torch.Tensor,  # (...) angles
     dim: int,              # even
 ) -> torch.Tensor:         # (...,dim) sin, cos, sin, cos ...
-    "Sines and cosines of `values` at `dim / 2` wavelengths from 1 to 10000."
+    "Sines and cosines of `values` at `dim / 2` wavelengths from 1 to nearly 10000."
     step = torch.arange(dim, device=values.device, dtype=torch.float32) // 2
     angle = values[..., None].float() / 10000 ** (2 * step / dim)
     return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], -1).flatten(-2)
@@ -30,33 +30,38 @@ def sine_points(
     points: torch.Tensor,  # (...,2) x,y in crop units
     dim: int = 256,        # channels; a multiple of 4
 ) -> torch.Tensor:         # (...,dim), y half first
-    "Code of a place. *Source*: CapeFormer's `forward_coordinates`; no offset."
+    """Code of a place in the crop, without any offset.
+
+    *Source*: CapeFormer's `forward_coordinates`. *Raises* `ConfigError` for other numbers of channels."""
     if dim % 4: raise ConfigError(f"a position code needs a multiple of 4 channels, got {dim}")
     angle = points.float() * 2 * math.pi
     return torch.cat([_waves(angle[..., 1], dim // 2), _waves(angle[..., 0], dim // 2)], -1)
 
-# %% ../../nbs/16_transformers.ipynb #c005
+# %% ../../nbs/16_transformers.ipynb #c009
 def sine_grid(
     h: int,           # rows
     w: int,           # columns
     dim: int = 256,   # channels; a multiple of 4
-    device=None,
+    device=None,      # where the codes are made; None: torch's default
 ) -> torch.Tensor:    # (h*w,dim), row-major
-    "Codes of the cells of a map: cell i of n is i+1 of n. *Source*: DETR; POMNet's `SinePositionalEncoding`."
+    """Codes of the cells of a map: cell i of n lies at (i + 1) / n.
+
+    *Source*: DETR; POMNet's `SinePositionalEncoding`. *Raises* `ConfigError` as `sine_points` does."""
     axis = lambda n: torch.arange(1, n + 1, device=device) / (n + 1e-6)
     y, x = torch.meshgrid(axis(h), axis(w), indexing="ij")
     return sine_points(torch.stack([x, y], -1), dim).flatten(0, 1)
 
-# %% ../../nbs/16_transformers.ipynb #c006
+# %% ../../nbs/16_transformers.ipynb #c016
 class Identifier(nn.Module):
     "A code for each keypoint slot, so that two keypoints that look alike are not the same token."
     kinds = ("fixed", "learned", "shuffled", "none")
     def __init__(
         self,
         kind: str = "fixed",  # fixed (sines), learned, shuffled (sines in random order) or none (zeros)
-        dim: int = 256,
+        dim: int = 256,       # channels; a multiple of 4
         slots: int = 100,     # the codes are those of so many slots, however many are used
     ):
+        "*Source*: CapeFormer, section 3.2 and Table 5. *Raises* `ConfigError` for another kind."
         super().__init__()
         if kind not in self.kinds: raise ConfigError(f"identifier must be one of {self.kinds}, got {kind!r}")
         self.kind, self.dim, self.slots = kind, dim, slots
@@ -72,7 +77,8 @@ class Identifier(nn.Module):
     ) -> torch.Tensor:   # (B,K,dim)
         "The codes of the first `count` slots. *Raises* `DataError` when there are not so many."
         if count > self.slots:
-            raise DataError(f"{count} keypoints, but identifiers for {self.slots}; create the model with slots={count}")
+            raise DataError(f"{count} keypoints, but identifiers for {self.slots}; "
+                            f"create the model with slots={count}")
         if self.kind == "none": return self.codes.new_zeros(batch, count, self.dim)
         if self.kind == "shuffled":
             drawn = torch.rand(batch, self.slots, device=self.codes.device).argsort(-1)
@@ -80,17 +86,20 @@ class Identifier(nn.Module):
             return self.codes[order[:, :count]]
         return self.codes[:count].expand(batch, -1, -1)
 
-# %% ../../nbs/16_transformers.ipynb #c007
+# %% ../../nbs/16_transformers.ipynb #c023
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # the matrix outlives the caller's mode
 def _upsampling(small, large, device):
     "Matrix (large,small) of bilinear interpolation along one axis, `align_corners=False`."
     return F.interpolate(torch.eye(small, device=device)[None], size=large, mode="linear")[0].T.contiguous()
 
 def shrink_maps(
     maps: torch.Tensor,  # (...,H,W)
-    size: tuple,         # (h, w), not larger than (H, W)
-) -> torch.Tensor:       # (...,h,w)
-    "The transpose of bilinear up-sampling: `(maps * up(f)).sum() == (shrink_maps(maps) * f).sum()`."
+    size: tuple,         # (h, w)
+) -> torch.Tensor:       # (...,h,w) float32
+    """The transpose of bilinear up-sampling: `(maps * up(f)).sum() == (shrink_maps(maps) * f).sum()`.
+
+    *Source*: own; it replaces the up-sampling of POMNet's equation 1."""
     rows = _upsampling(size[0], maps.shape[-2], maps.device)
     columns = _upsampling(size[1], maps.shape[-1], maps.device)
     return rows.T @ maps.float() @ columns
@@ -103,17 +112,19 @@ def keypoint_features(
     small = shrink_maps(maps / (maps.sum((-2, -1), keepdim=True) + 1e-8), features.shape[-2:])
     return small.flatten(2) @ features.flatten(2).mT.to(small.dtype)
 
-# %% ../../nbs/16_transformers.ipynb #c008
+# %% ../../nbs/16_transformers.ipynb #c034
 class Attention(nn.MultiheadAttention):
     "PyTorch's multi-head attention, batch first; its weights are kept when `see` is given."
     def __init__(
         self,
-        dim: int = 256,          # channels of the queries and of the answer
-        heads: int = 8,
-        dropout: float = 0.1,    # of the weights
+        dim: int = 256,             # channels of the queries and of the answer
+        heads: int = 8,             # a divisor of `dim`
+        dropout: float = 0.1,       # of the weights
         keys: int | None = None,    # channels of the keys, if others
         values: int | None = None,  # channels of the values, if others
     ):
+        "*Source*: Vaswani et al. 2017, section 3.2. *Raises* `ConfigError` if `heads` does not divide `dim`."
+        if dim % heads: raise ConfigError(f"{dim} channels cannot be shared by {heads} heads")
         super().__init__(dim, heads, dropout, kdim=keys, vdim=values, batch_first=True)
 
     def forward(
@@ -123,12 +134,15 @@ class Attention(nn.MultiheadAttention):
         v: torch.Tensor,                   # (B,M,values)
         mask: torch.Tensor | None = None,  # (B,M) bool, True: nobody looks at it
         see: dict | None = None,           # takes the weights (B,heads,L,M) under `name`
-        name: str = "",
+        name: str = "",                    # what `see` calls them
     ) -> torch.Tensor:                     # (B,L,dim)
-        out, weights = super().forward(q, k, v, mask, need_weights=see is not None, average_attn_weights=False)
-        if see is not None: see[name] = weights
+        "The weighted mean of the values; NaN or zeros where all keys are masked: see `usable_mask`."
+        kept = see is not None
+        out, weights = super().forward(q, k, v, mask, need_weights=kept, average_attn_weights=False)
+        if kept: see[name] = weights
         return out
 
+# %% ../../nbs/16_transformers.ipynb #c040
 def usable_mask(
     hidden: torch.Tensor,  # (B,K) bool, True: no such keypoint
 ) -> torch.Tensor:         # (B,K) bool
@@ -137,30 +151,31 @@ def usable_mask(
     first[:, 0] = True
     return hidden & ~(hidden.all(1, keepdim=True) & first)
 
-# %% ../../nbs/16_transformers.ipynb #c009
+# %% ../../nbs/16_transformers.ipynb #c044
 class FeedForward(nn.Module):
-    "Two linear layers on each token alone."
+    "Two linear layers on each token alone, with ReLU and dropout between. *Source*: Vaswani et al., 3.3."
     def __init__(
         self,
-        dim: int = 256,
-        hidden: int = 2048,
-        dropout: float = 0.1,
+        dim: int = 256,        # channels of a token
+        hidden: int = 2048,    # channels between
+        dropout: float = 0.1,  # after the ReLU
     ):
         super().__init__()
         self.linear1, self.linear2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         self.dropout = nn.Dropout(dropout)
-    def forward(self, x): return self.linear2(self.dropout(F.relu(self.linear1(x))))
+    def forward(self, x): return self.linear2(self.dropout(F.relu(self.linear1(x))))  # (...,dim)
 
 class EncoderLayer(nn.Module):
     "Self-attention and feed-forward, each with a residual and LayerNorm after it."
     def __init__(
         self,
-        dim: int = 256,
-        heads: int = 8,
+        dim: int = 256,          # channels of a token
+        heads: int = 8,          # a divisor of `dim`
         hidden: int = 2048,      # of the feed-forward part
-        dropout: float = 0.1,
+        dropout: float = 0.1,    # of weights, of both additions, after the ReLU
         position: str = "qk",    # where codes are added: qk (DETR, POMNet) or all (CapeFormer's code)
     ):
+        "*Source*: DETR's post-norm layer. *Raises* `ConfigError` for another `position`."
         super().__init__()
         if position not in ("qk", "all"): raise ConfigError(f"position must be qk or all, got {position!r}")
         self.position = position
@@ -173,25 +188,27 @@ class EncoderLayer(nn.Module):
         pos: torch.Tensor,                 # (L,dim) or (B,L,dim) codes
         mask: torch.Tensor | None = None,  # (B,L) bool, True: nobody looks at it
         see: dict | None = None,           # takes the attention weights under `name`
-        name: str = "",
+        name: str = "",                    # what `see` calls them
     ) -> torch.Tensor:                     # (B,L,dim)
+        "Every token after one look at all of them."
         where = x + pos
         if self.position == "all": x = where
         x = self.norm1(x + self.dropout(self.self_attn(where, where, x, mask, see, name)))
         return self.norm2(x + self.dropout(self.ffn(x)))
 
-# %% ../../nbs/16_transformers.ipynb #c010
+# %% ../../nbs/16_transformers.ipynb #c054
 class DecoderLayer(nn.Module):
     "Tokens look at each other, then at the image, then a feed-forward; each with residual and LayerNorm."
     def __init__(
         self,
-        dim: int = 256,
-        heads: int = 8,
-        hidden: int = 2048,          # of the feed-forward part
-        dropout: float = 0.1,
-        self_attention: bool = True,
-        cross_attention: bool = True,
+        dim: int = 256,                # channels of a token and of a cell
+        heads: int = 8,                # a divisor of `dim`
+        hidden: int = 2048,            # of the feed-forward part
+        dropout: float = 0.1,          # of weights, of all additions, after the ReLU
+        self_attention: bool = True,   # tokens look at each other
+        cross_attention: bool = True,  # tokens look at the image
     ):
+        "*Source*: POMNet, section 3.2 and Table 3; its code adds nothing to the tokens' questions."
         super().__init__()
         self.self_attn = Attention(dim, heads, dropout) if self_attention else None
         self.cross_attn = Attention(dim, heads, dropout) if cross_attention else None
@@ -207,8 +224,9 @@ class DecoderLayer(nn.Module):
         pos: torch.Tensor,                 # (L,dim) or (B,L,dim) codes of the image's places
         mask: torch.Tensor | None = None,  # (B,K) bool, True: nobody looks at this token
         see: dict | None = None,           # takes weights under `name.self` and `name.cross`
-        name: str = "",
+        name: str = "",                    # what `see` calls them
     ) -> torch.Tensor:                     # (B,K,dim)
+        "The tokens after one look at each other and one at the image."
         if self.self_attn is not None:
             own = self.self_attn(tokens, tokens, tokens, mask, see, f"{name}.self")
             tokens = self.norm1(tokens + self.dropout(own))

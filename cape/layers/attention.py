@@ -138,7 +138,9 @@ class Attention(nn.MultiheadAttention):
     ) -> torch.Tensor:                     # (B,L,dim)
         "The weighted mean of the values; NaN or zeros where all keys are masked: see `usable_mask`."
         kept = see is not None
-        out, weights = super().forward(q, k, v, mask, need_weights=kept, average_attn_weights=False)
+        if torch.is_autocast_enabled("cpu"): q, k, v = q.float(), k.float(), v.float()
+        with torch.autocast("cpu", enabled=False):
+            out, weights = super().forward(q, k, v, mask, need_weights=kept, average_attn_weights=False)
         if kept: see[name] = weights
         return out
 

@@ -12,6 +12,7 @@ _PUBLIC = {
     "cape.data.episodes": ["EpisodeBatch", "TrainEpisodes", "TrainImages", "TestEpisodes"],
     "cape.models.base": ["CapeModel", "Prediction", "create_model", "list_models", "register_model",
                          "save_model", "load_model"],
+    "cape.models.official": ["load_official", "download_official"],
     "cape.learner": ["Learner", "TrainConfig", "PRESETS"],
     "cape.evaluation": ["evaluate", "Report"],
 }

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from cape import metrics
 from cape.data.annotations import PoseDataset
 from cape.data.crops import CropLoader, apply_matrix
 from cape.data.episodes import TestEpisodes
 from cape.errors import CapeError, ConfigError, DataError, MissingFileError
-from cape.evaluation import FeatureCache, Report, evaluate, table
+from cape import evaluation, metrics
+from cape.evaluation import PORTION, FeatureCache, Report, evaluate, pooled, portion, table
 from cape.models.base import CapeModel, Prediction
 from test_learner import TestNet, dots_data, fresh
 
@@ -140,6 +140,21 @@ def test_little_memory_gives_the_same_numbers(data):
     wide = evaluate(model, data, **SMALL)
     assert same(tight, wide, 1e-5) and tight.settings["encoded"] > wide.settings["encoded"]
 
+def test_a_processor_works_in_portions_and_the_numbers_stay(data, monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [portion(size, 32, cpu) for size in (0, 1, PORTION // 5, PORTION, 9 * PORTION)] == [32, 32, 5, 1, 1]
+    assert portion(9 * PORTION, 32, gpu) == 32
+    asked = []
+    class Watched(TestNet):
+        def encode(self, images, role="query"): asked.append(len(images)); return super().encode(images, role)
+        def locate(self, prompt, query): asked.append(query["map"].shape[:2].numel()); return super().locate(prompt, query)
+    model = fresh(Watched).eval()
+    whole, most = evaluate(model, data, **SMALL), max(asked)
+    monkeypatch.setattr(evaluation, "PORTION", 2 * 3 * 4 * 32**2)       # two images; features of TestNet are smaller
+    asked.clear()
+    small = evaluate(model, data, **SMALL)
+    assert max(asked) <= 3 < most and asked.count(2) > 3 and same(whole, small, 1e-5)
+
 def test_roles_are_kept_apart(data):
     class TwoEyes(TestNet):
         roles_differ = True
@@ -189,6 +204,15 @@ def test_only_the_same_pairs_are_compared(data):
     found = a.compare(worse)
     assert found.difference > 0 and found.low > 0 and found.p < .05
     with pytest.raises(ConfigError, match="official: False and True"): a.compare(evaluate(Oracle(), data, official=True, **SMALL))
+
+def test_pooled_reports_are_the_mean_of_their_means(data):
+    a, b, other = evaluate(Copy(), data, **SMALL), evaluate(Oracle((.3,)), data, **SMALL), evaluate(Copy(), data, seed=1, **SMALL)
+    both = pooled([a, b])
+    assert both.pairs == 2 * a.pairs and len(both.distances) == both.pairs
+    for metric in (.05, .2, "mpck", "nme"): assert both.value(metric) == pytest.approx((a.value(metric) + b.value(metric)) / 2)
+    assert np.allclose(pooled([a, a]).interval(), a.interval(), atol=1e-5)              # nothing is learned from a copy
+    assert pooled([a, a]).compare(both).difference == pytest.approx((a.value() - b.value()) / 2)
+    with pytest.raises(ConfigError, match="not scored on the same pairs .*fingerprint"): pooled([a, other])
 
 def test_intervals_draw_supports_again_where_there_are_several(data):
     report = evaluate(Copy(), data, **SMALL)

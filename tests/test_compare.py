@@ -1,0 +1,109 @@
+"The notebook of the main table, with its smallest parameters: what it writes, and that nothing is done twice or differently."
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT
+from run_notebook import UnknownParameter, run
+
+import cape
+from cape.learner import Learner, read_log, train_config
+
+NOTEBOOK = ROOT / "nbs" / "experiments" / "compare.ipynb"
+METHODS = ["protonet", "prototype"]
+TRAIN = dict(size=32, batch=4)
+SMALL = dict(methods=METHODS, steps=3, episodes=3, queries=2, overrides={m: {"train": TRAIN} for m in METHODS})
+SHOWN = ("PCK@0.2", "PCK@0.05", "mPCK")
+
+
+def compare(folder, name, **more):
+    "One run whose results are in `folder`: the result, and all that was printed"
+    paths = dict(out=str(folder / "runs"), result=str(folder / f"{name}.json"), figure=str(folder / f"{name}.svg"))
+    done = run(NOTEBOOK, folder / f"{name}.ipynb", SMALL | paths | more, 300)
+    said = "".join(o.get("text", "") for c in done.cells if c.cell_type == "code" for o in c.outputs)
+    return json.loads((folder / f"{name}.json").read_text()), said
+
+
+def state(folder):
+    "Every file of the runs with the time of its last change"
+    return {p: p.stat().st_mtime_ns for p in (folder / "runs").rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def first(posezoo_mini, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    return folder, *compare(folder, "first")
+
+
+def test_rows_of_all_methods_with_intervals_and_origin(first):
+    folder, result, said = first
+    labels = {"copy the support", "mean pose", "untrained protonet", *METHODS}
+    for shots in (1, 5):
+        rows = [r for r in result["rows"] if r["shots"] == shots]
+        assert {r["method"] for r in rows} == labels and len(rows) == 5
+        assert [r["PCK@0.2"][0] for r in rows] == sorted((r["PCK@0.2"][0] for r in rows), reverse=True)
+        for row in rows:
+            for name in SHOWN: assert 0 <= row[name][1] <= row[name][0] <= row[name][2] <= 1
+            assert row["pairs"] == 20 * 3 * 2 and row["seeds"] == [pytest.approx(row["PCK@0.2"][0])]
+            assert f"{row['PCK@0.2'][0]:.3f} [{row['PCK@0.2'][1]:.3f}" in said
+        assert result["fingerprints"][f"{shots}-shot"] in said
+        tests = [t for t in result["tests"] if t["shots"] == shots and t["metric"] == "PCK@0.2"]
+        assert [t["above"] for t in tests] == [r["method"] for r in rows[:-1]]
+        for above, below, t in zip(rows, rows[1:], tests):
+            assert t["difference"] == pytest.approx(above["PCK@0.2"][0] - below["PCK@0.2"][0], abs=1e-9)
+            assert t["low"] <= t["difference"] <= t["high"] and 0 < t["p"] <= 1
+    assert {"commit", "device", "machine", "torch", "numpy", "python", "cape", "minutes", "train", "test"} <= set(result["provenance"])
+    for method in METHODS:
+        about = result["methods"][method]
+        assert about["steps"] == 3 and about["size"] == 32 and about["parameters"] > 1000 and about["train"]["batch"] == 4
+        assert about["images_per_second"][0] > 0 and len(about["minutes"]) == 1
+        assert read_log(folder / "runs" / method / "seed0")[-1]["step"] == 3
+    assert result["mpck_thresholds"] == [.05, .1, .15, .2] and "mean of PCK at 0.05, 0.1, 0.15, 0.2" in said
+    assert "<svg" in (folder / "first.svg").read_text()
+
+
+def test_second_run_does_nothing_again(first):
+    folder, result, said = first
+    before = state(folder)
+    again, told = compare(folder, "again")
+    assert state(folder) == before and again["rows"] == result["rows"] and again["tests"] == result["tests"]
+    assert "evaluation\n" in said and "training\n" in said and "evaluation\n" not in told and "training\n" not in told
+
+
+def test_killed_in_the_middle_it_ends_with_the_same_table(first, tmp_path):
+    folder, result, _ = first
+    runs = tmp_path / "runs"
+    shutil.copytree(folder / "runs" / "protonet", runs / "protonet")         # trained; killed between its two reports,
+    (runs / "protonet" / "seed0" / "5-shot.json").unlink()
+    data = cape.PoseDataset.load("posezoo", size="mini", split=1, subset="train")
+    config = train_config("tiny", steps=3, val_every=0, max_minutes=1e-6, **TRAIN)
+    torch.manual_seed(0)
+    model = cape.create_model("prototype", backbone="small", base={c.id: c.num_keypoints for c in data.categories.values()})
+    stopped = Learner(model, data, None, config, runs / "prototype" / "seed0").fit()      # and within the other's training
+    assert stopped["stopped"] == "time limit" and stopped["step"] == 1
+    log = read_log(runs / "protonet" / "seed0")
+    killed, said = compare(tmp_path, "killed")
+    assert read_log(runs / "protonet" / "seed0") == log and "goes on at step 1 of 3" in said
+    assert "protonet, seed 0: training" not in said and "protonet, seed 0, 1-shot" not in said and "protonet, seed 0, 5-shot" in said
+    assert killed["rows"] == result["rows"] and killed["tests"] == result["tests"]
+
+
+def test_equal_minutes_by_a_rate_that_is_kept(posezoo_mini, tmp_path):
+    only = dict(methods=["protonet"], overrides={"protonet": {"train": TRAIN}}, shots=[1], warm=3, minutes=0.005, seeds=[0, 1])
+    result, _ = compare(tmp_path, "timed", **only)
+    place = tmp_path / "runs" / "protonet" / "rate.json"
+    kept = json.loads(place.read_text())
+    assert result["methods"]["protonet"]["steps"] == max(1, round(60 * .005 * kept["rate"])) and kept["rate"] > 0
+    row = next(r for r in result["rows"] if r["method"] == "protonet")
+    assert len(row["seeds"]) == 2 and row["PCK@0.2"][0] == pytest.approx(sum(row["seeds"]) / 2) and row["pairs"] == 120
+
+
+def test_an_unknown_method_is_an_error_before_any_training(tmp_path):
+    with pytest.raises(Exception, match="no model is called 'protonett'; did you mean 'protonet'"):
+        compare(tmp_path, "wrong", methods=["protonet", "protonett"], overrides={})
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_unknown_parameter_is_an_error(tmp_path):
+    with pytest.raises(UnknownParameter, match="no parameter 'method'"): compare(tmp_path, "wrong", method="protonet")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import ROOT
 from run_notebook import UnknownParameter, run
+from safetensors.torch import load_file
 
 import cape
 from cape.learner import Learner, read_log, train_config
@@ -107,3 +108,21 @@ def test_an_unknown_method_is_an_error_before_any_training(tmp_path):
 
 def test_an_unknown_parameter_is_an_error(tmp_path):
     with pytest.raises(UnknownParameter, match="no parameter 'method'"): compare(tmp_path, "wrong", method="protonet")
+
+
+def test_all_methods_begin_from_one_backbone(posezoo_mini, tmp_path):
+    result, said = compare(tmp_path, "start", start_steps=2, shots=[1], steps=2)
+    runs = tmp_path / "runs"
+    assert said.count("start: training") == 1 and result["start"]["step"] == 2
+    common = load_file(runs / "start" / "backbone.safetensors")
+    begun = cape.load_model(runs / "start" / "last.safetensors").backbone.state_dict()
+    for name, tensor in begun.items():
+        if not name.startswith("last."): assert torch.equal(tensor, common[name])
+    for stride in (8, 16, 32): assert torch.equal(common[f"last.{stride}.weight"], common["last.4.weight"])
+    for method in METHODS:
+        assert result["methods"][method]["model"]["weights"] == str(runs / "start" / "backbone.safetensors")
+        after = cape.load_model(runs / method / "seed0" / "last.safetensors").backbone.state_dict()
+        away = max((after[n] - t).abs().max() for n, t in common.items() if n in after and n.endswith("weight"))
+        assert 0 < away < .02                               # two small steps from there, and from nowhere else
+    with pytest.raises(Exception, match="start_steps is for the small backbone"):
+        compare(tmp_path, "large", start_steps=2, preset="paper")

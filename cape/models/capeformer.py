@@ -322,7 +322,7 @@ class CapeFormer(CapeModel):
             terms[f"stage{i}"] = self.refine_weight * away(step)
         return terms
 
-# %% ../../nbs/18_capeformer.ipynb #c042
+# %% ../../nbs/18_capeformer.ipynb #c040
 _head, _net = r"keypoint_head\.", r"keypoint_head\.transformer\."
 official_names = {
     r"encoder_(?:sample|query)\.(.+)": r"backbone.\1",

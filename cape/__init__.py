@@ -15,6 +15,8 @@ _PUBLIC = {
     "cape.models.official": ["load_official", "download_official"],
     "cape.learner": ["Learner", "TrainConfig", "PRESETS"],
     "cape.evaluation": ["evaluate", "Report"],
+    "cape.estimator": ["PoseEstimator", "predict_folder"],
+    "cape.photos": ["PhotoPose", "PhotoPoses", "read_photo"],
 }
 _MODULES = ["metrics", "pictures"]
 _WHERE = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -317,7 +317,7 @@ def check_contract(
 _models = {}
 _homes = {"copy": "controls", "meanpose": "controls", "protonet": "prototype", "prototype": "prototype",
           "finetune": "adaptation", "maml": "adaptation", "pomnet": "pomnet", "capeformer": "capeformer",
-          "escape": "escape", "sdpnet": "sdpnet", "fmmp": "fmmp", "graphcape": "graphcape"}
+          "escape": "escape", "sdpnet": "sdpnet", "fmmp": "fmmp", "graphcape": "graphcape", "padded": "padded"}
 
 def register_model(
     name: str,  # what `create_model` and checkpoints call it

@@ -1,19 +1,22 @@
 # One word a job: `make demo`, `make test`, `make lab`. `make` alone lists them.
-# PYTHON is the Python to start from (3.10 or newer), VENV the environment's folder, ARGS what the job gets.
+# PYTHON is the Python to start from (3.10 or newer), VENV the environment's folder, ARGS what the job gets,
+# JOBS how many tests run at once, each on one thread.
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
+JOBS   ?= 2
 PY     := $(VENV)/bin/python
 BIN    := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-gpu lab notebooks check clean distclean
+.PHONY: help env demo test test-browser test-gpu lab notebooks check clean distclean
 
 help:  ## list the jobs
 	@echo "make demo                  set up and run the example: data, training, evaluation, pictures"
 	@echo "make demo ARGS='steps=50'  the same with other parameters (ARGS=--help lists them)"
 	@echo "make test                  set up and run all tests and all chapters (ARGS='-k crops' runs some)"
+	@echo "make test-browser          the tests of the widgets in a real browser (installs Chromium)"
 	@echo "make test-gpu              the tests that need a CUDA device"
 	@echo "make lab                   read and run the chapters in JupyterLab"
 	@echo "make notebooks             after editing a chapter: export the package, clean, write README.md"
@@ -32,7 +35,13 @@ demo: env
 	@"$(PY)" tools/run_notebook.py nbs/experiments/demo.ipynb $(ARGS)
 
 test: env
-	@"$(PY)" -m pytest -v --durations=8 $(ARGS)
+	@"$(BIN)/cape" posezoo --size mini
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} "$(PY)" -m pytest -v -n $(JOBS) --durations=12 $(ARGS)
+
+test-browser: env
+	@"$(PY)" -m pip install -q "playwright>=1.50"
+	@command -v chromium >/dev/null || "$(PY)" -m playwright install --with-deps chromium
+	@"$(PY)" -m pytest -v tests/browser $(ARGS)
 
 test-gpu: env
 	@"$(PY)" -m pytest -v -m gpu $(ARGS)

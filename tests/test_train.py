@@ -1,0 +1,43 @@
+"The notebook of a single run: what it writes, that it goes on, that padding and identifiers reach the model, and what it refuses."
+import json
+
+import pytest
+from conftest import ROOT
+from run_notebook import run
+
+NOTEBOOK = ROOT / "nbs" / "experiments" / "train.ipynb"
+SMALL = dict(steps=2, episodes=2, queries=2, shots=[1], train=dict(size=32, batch=4, val_every=0))
+
+
+def train(folder, **more):
+    "One run below `folder`: the result and all that was printed"
+    done = run(NOTEBOOK, folder / "ran.ipynb", SMALL | dict(out=str(folder / "runs"), result=str(folder / "result.json")) | more, 300)
+    said = "".join(o.get("text", "") for c in done.cells if c.cell_type == "code" for o in c.outputs)
+    return json.loads((folder / "result.json").read_text()), said
+
+
+def test_a_run_and_the_same_again(posezoo_mini, tmp_path):
+    first, said = train(tmp_path, method="protonet")
+    assert {r["method"] for r in first["rows"]} == {"protonet", "copy the support", "mean pose"}
+    assert first["training"]["step"] == 2 and first["training"]["stopped"] == "finished" and "novel categories of split 1" in said
+    assert {"commit", "device", "machine", "torch", "train", "test", "minutes"} <= set(first["provenance"])
+    for row in first["rows"]: assert 0 <= row["PCK@0.2"][1] <= row["PCK@0.2"][0] <= row["PCK@0.2"][2] <= 1
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*") if p.is_file()}
+    again, _ = train(tmp_path, method="protonet")
+    assert again["rows"] == first["rows"] and files == {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*") if p.is_file()}
+
+
+def test_identifier_and_padding_reach_the_model(posezoo_mini, tmp_path):
+    result, _ = train(tmp_path, method="capeformer", identifier="none", padding="mixup", model=dict(dim=32, heads=4, hidden=32))
+    name, options = result["network"]
+    assert name == "padded" and options["train"] == "mixup" and options["options"]["identifier"] == "none"
+    assert options["options"]["dim"] == 32
+
+
+@pytest.mark.parametrize("parameters, message", [
+    (dict(method="protonett"), "did you mean 'protonet'"), (dict(method="protonet", identifier="none"), "has no identifiers"),
+    (dict(method="prototype", padding="mixup"), "nothing to pad"), (dict(preset="large"), "no preset 'large'"),
+    (dict(method="protonet", model=dict(widths=3)), "widths")])
+def test_what_is_refused(posezoo_mini, tmp_path, parameters, message):
+    with pytest.raises(Exception, match=message): train(tmp_path, **parameters)
+    assert not (tmp_path / "runs").exists()

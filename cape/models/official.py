@@ -9,6 +9,7 @@ __all__ = ['official_signs', 'official_loaders', 'hash_in_name', 'check_hash', '
 # %% ../../nbs/44_official_weights.ipynb #c004
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import math
 import os
@@ -132,15 +133,21 @@ official_loaders = {   # name -> module, function
     "prototype": ("cape.models.prototype", "from_official_baseline"),
     "pomnet": ("cape.models.pomnet", "from_official_pomnet"),
     "capeformer": ("cape.models.capeformer", "from_official_capeformer"),
+    "escape": ("cape.models.escape", "from_official_escape"),
+    "graphcape": ("cape.models.graphcape", "from_official_graphcape"),
+    "fmmp": ("cape.models.fmmp", "from_official_fmmp"),
 }
+
+def _readable():
+    "The keys of `official_loaders` whose modules are there."
+    return [n for n, (module, _) in official_loaders.items() if importlib.util.find_spec(module)]
 
 def _loader(name, options):
     "The function that makes a model of `name`'s tensors. *Raises* `ConfigError`."
-    if name not in official_loaders:
-        near = get_close_matches(str(name), official_loaders, 1)
+    if name not in (known := _readable()):
+        near = get_close_matches(str(name), known, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        known = ", ".join(official_loaders)
-        raise ConfigError(f"no published weights of {name!r} can be read{hint} Known: {known}")
+        raise ConfigError(f"no published weights of {name!r} can be read{hint} Known: {', '.join(known)}")
     module, function = official_loaders[name]
     load = getattr(importlib.import_module(module), function)
     known = list(inspect.signature(load).parameters)[1:]
@@ -151,7 +158,7 @@ def _loader(name, options):
 
 # %% ../../nbs/44_official_weights.ipynb #c030
 def load_official(
-    name: str,  # a key of `official_loaders`: prototype, pomnet, capeformer
+    name: str,  # a key of `official_loaders`
     source,     # the published file, or its tensors by name
     **options,  # of the method's loader, like base={id: number of keypoints} of prototype
 ) -> CapeModel: # in eval mode
@@ -163,8 +170,7 @@ def load_official(
     state = official_tensors(source)
     where = "the state dict" if isinstance(source, dict) else source
     if (who := looks_like(state)) not in (None, name):
-        known = who in official_loaders
-        how = f"load_official({who!r}, ...) reads them" if known else "they cannot be read here"
+        how = f"load_official({who!r}, ...) reads them" if who in _readable() else "they cannot be read here"
         raise CheckpointError(f"{where}: not weights of {name}; by their names they belong to {who}: {how}")
     try: return load(state, **options).eval()
     except CheckpointError as e:

@@ -163,7 +163,7 @@ def step_net(
 ) -> nn.Sequential:  # (...,dim) -> (...,2)
     "Four linear layers that turn a token into a step; at first it is no step at all."
     net = nn.Sequential(*(p for _ in range(3) for p in (nn.Linear(dim, dim), nn.GELU())), nn.Linear(dim, 2))
-    nn.init.zeros_(net[-1].weight)
+    for p in net[-1].parameters(): nn.init.zeros_(p)
     return net
 
 def xavier_start(

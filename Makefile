@@ -36,7 +36,7 @@ demo: env
 
 test: env
 	@"$(BIN)/cape" posezoo --size mini
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} "$(PY)" -m pytest -v -n $(JOBS) --durations=12 $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} "$(PY)" -m pytest -v -n $(JOBS) --dist worksteal --durations=12 $(ARGS)
 
 test-browser: env
 	@"$(PY)" -m pip install -q "playwright>=1.50"

@@ -119,7 +119,7 @@ class SupportGraph(nn.Module):
             return scores.masked_fill(~valid[:, None, None], -1e9).softmax(-1).mean(1) * both
 
 # %% ../../nbs/32a_support_graphs.ipynb #c017
-penalties = {"entropy": .01, "offdiag": .1, "paper": 1., "none": 0.}  # kind -> weight in the loss
+penalties = {"entropy": .003, "offdiag": .1, "paper": 1., "none": 0.}  # kind -> weight in the loss
 
 def row_entropy(
     graph: torch.Tensor,  # (...,K,K) rows of sum 1, or 0

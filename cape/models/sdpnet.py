@@ -284,7 +284,7 @@ class SDPNet(CapeModel):
         decouple_self: bool = False,    # a second matrix for the keypoint itself in the stages' convolutions
         deformable: str = "shared",     # shared, offset, support or plain (Table 4)
         sparsity: str = "entropy",      # entropy, offdiag, paper (no gradient) or none (Table 3)
-        sparsity_weight: float | None = None,  # None: .01, .1 or 1
+        sparsity_weight: float | None = None,  # None: .003, .1 or 1
         pose_weight: float = 1.0,       # of the reconstruction; 0: none
         reconstruct: str = "all",       # what counts in it: all keypoints (eq. 7) or the masked ones
         mask_ratio: float = 0.5,        # share of a support's keypoints that it hides

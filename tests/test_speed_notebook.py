@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 from run_notebook import run
 
-SMALLEST = dict(cases=[[0, 2], [4, 2]], uncached_episodes=1, categories=1, images=8, crop_sizes=[32], size=32, preset="tiny",
+SMALLEST = dict(methods=["protonet"], method_size=32, method_batches=[1, 2], method_step=2, keypoints=5, cases=[[0, 2], [4, 2]], uncached_episodes=1, categories=1, images=8, crop_sizes=[32], size=32, preset="tiny",
                 steps=1, repeats=2, seconds=0.01, threads=1)
 
 
@@ -24,6 +24,7 @@ def test_result_says_what_was_run_and_where(speed):
     result, _, _ = speed
     assert set(result) == {"experiment", "parameters", "provenance", "rates", "ratios", "equal_answers", "memory", "samples"}
     assert {k: result["parameters"][k] for k in SMALLEST} == SMALLEST
+    assert {"protonet, batch 1", "protonet, batch 2", "protonet, training step of 2"} <= set(result["rates"])
     assert {"commit", "device", "torch", "numpy", "python", "cape", "cores", "threads", "seed", "minutes"} <= \
         set(result["provenance"])
     assert result["provenance"]["threads"] == 1 and result["provenance"]["minutes"] > 0
@@ -67,5 +68,5 @@ def test_memory_is_told_by_step_and_for_the_cache(speed):
 
 def test_progress_and_table_are_printed_and_the_figure_written(speed):
     _, said, folder = speed
-    assert said.count("round 1 of 2") == 3 and "ms a pair" in said and "peak MB" in said
+    assert said.count("round 1 of 2") == 5 and "ms a pair" in said and "peak MB" in said
     assert (folder / "speed.svg").read_text().startswith("<?xml")

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 
 from cape.data.crops import CropLoader
 from cape.errors import CheckpointError, ConfigError, DataError, TrainingError
+from cape.escape_recipe import base_features, cluster_means, fit_escape, stage_key
 from cape.evaluation import evaluate
 from cape.layers.superkeypoints import density_peaks, greedy_peaks
 from cape.learner import Learner, train_config
+from cape.matches import FromFeatures, encode_data, match_score, oracle_matches, part_table
 from cape.models.base import CapeModel, box_filter, check_contract, create_model, load_model, peaks, save_model, toy_batch
-from cape.models.escape import (Escape, FromFeatures, base_features, cluster_means, encode_data, fit_escape,
-                                from_official_escape, match_score, oracle_matches, part_table, posterior, stage_key)
+from cape.models.escape import Escape, from_official_escape, posterior
 from cape.models.official import load_official
 
 here = Path(__file__).parent / "golden"
@@ -335,7 +336,7 @@ def runs():
 
 
 def recipe(data, out, learner=Counted, config=TINY, **changes):
-    return fit_escape(learner, data, config, out, **{"threshold": .5, "start": "before", **NET, **changes})
+    return fit_escape(data, config, out, learner=learner, **{"threshold": .5, "start": "before", **NET, **changes})
 
 
 def same(a, b): return all(torch.equal(t, b.state_dict()[n]) for n, t in a.state_dict().items())
@@ -557,7 +558,7 @@ def test_match_score_counts_and_shuffles(novel):
 
 
 def test_published_and_density_are_the_clusterings_of_the_recipe():
-    from cape.models.escape import _clusterings
+    from cape.escape_recipe import _clusterings
     assert _clusterings == {"published": (greedy_peaks, .8), "density": (density_peaks, .3)}
 
 
@@ -583,17 +584,30 @@ NOTEBOOK = Path(__file__).resolve().parents[1] / "nbs" / "experiments" / "escape
 def test_the_experiment_writes_all_rows_and_does_nothing_twice(posezoo_mini, tmp_path):
     import json
     from run_notebook import run
-    few = dict(steps=dict(baseline=2, tied=2, matching=2), clusters={"density": .3}, own=False, episodes=1, queries=2, alphas=[0., 1.],
-               shots=[1], out=str(tmp_path / "runs"), result=str(tmp_path / "r.json"), figure=str(tmp_path / "f.svg"))
+    few = dict(steps=dict(baseline=2, tied=2, matching=2), seeds=[0, 1], clusters={"density": .3}, own=False, episodes=1, queries=2,
+               alphas=[0., 1.], shots=[1], out=str(tmp_path / "runs"), result=str(tmp_path / "r.json"), figure=str(tmp_path / "f.svg"))
     run(NOTEBOOK, tmp_path / "escape.ipynb", few, 300)
     first, there = json.loads((tmp_path / "r.json").read_text()), {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*") if p.is_file()}
     labels = {"copy the support", "mean pose", "MLE, baseline", *(f"{w}, density" for w in ("MLE", "MAP", "ESCAPE", "ESCAPE by variances", "oracle"))}
     assert {r["method"] for r in first["rows"]} == labels and len(first["rows"]) == len(labels)
-    for row in first["rows"]: assert 0 <= row["PCK@0.2"][1] <= row["PCK@0.2"][0] <= row["PCK@0.2"][2] <= 1 and row["pairs"] == 40
-    assert set(first["matching"]) == {"density, Hungarian", "density, network"} and set(first["clusters"]["density"]) == {"purity", "ari"}
+    for row in first["rows"]:
+        assert 0 <= row["PCK@0.2"][1] <= row["PCK@0.2"][0] <= row["PCK@0.2"][2] <= 1 and row["pairs"] == 40
+        assert np.mean(row["seeds"]) == pytest.approx(row["PCK@0.2"][0]) and len(row["seeds"]) == 2
+        assert (row["seeds"][0] == row["seeds"][1]) == (row["method"] in ("copy the support", "mean pose"))
+    assert set(first["matching"]) == {"density, Hungarian", "density, network"}
+    assert [set(found) for found in first["clusters"]["density"]] == [{"purity", "ari"}] * 2
+    assert set(first["stages"]) == {"baseline", "tied, density", "matching, density"}
+    assert all([t["steps"] for t in each] == [2, 2] for each in first["stages"].values())
     assert {"MAP, density", "ESCAPE, density", "oracle, density"} <= {t["above"] for t in first["tests"]}
-    assert {"commit", "threads", "machine", "train", "test"} <= set(first["provenance"]) and (tmp_path / "f.svg").stat().st_size > 1000
+    for t in first["tests"]: assert t["low"] <= t["difference"] <= t["high"] and np.mean(t["seeds"]) == pytest.approx(t["difference"])
+    assert {"commit", "threads", "machine", "train", "test", "cpu_minutes"} <= set(first["provenance"]) and (tmp_path / "f.svg").stat().st_size > 1000
     assert first["curves"]["density"]["MAP"][1] == pytest.approx(next(r for r in first["rows"] if r["method"] == "MLE, density")["PCK@0.2"][0])
     run(NOTEBOOK, tmp_path / "escape.ipynb", few, 300)
     second = json.loads((tmp_path / "r.json").read_text())
     assert {p: p.stat().st_mtime_ns for p in there} == there and second["rows"] == first["rows"] and second["matching"] == first["matching"]
+
+
+@pytest.mark.parametrize("change,words", [(dict(steps=dict(baseline=2)), "steps must name baseline, tied, matching; got baseline"), (dict(seeds=[]), "seeds: give at least one")])
+def test_the_experiment_with_wrong_parameters(tmp_path, change, words):
+    from run_notebook import run
+    with pytest.raises(Exception, match=words): run(NOTEBOOK, tmp_path / "escape.ipynb", dict(change, out=str(tmp_path)), 100)

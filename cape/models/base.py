@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Prediction', 'peaks', 'cells_to_unit', 'decode_quarter', 'decode_soft', 'box_filter', 'fold', 'unfold', 'CapeModel',
            'toy_batch', 'check_contract', 'register_model', 'list_models', 'model_class', 'create_model', 'save_model',
-           'read_card', 'rename_tensors', 'check_tensors', 'load_model']
+           'read_card', 'rename_tensors', 'list_weights', 'find_weights', 'check_tensors', 'load_model']
 
 # %% ../../nbs/11_contract.ipynb #c003
 import importlib
@@ -16,12 +16,14 @@ import os
 import re
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
+from importlib.resources import files
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..data.annotations import data_home
 from .backbones import FrozenBatchNorm2d, freeze_bn
 from ..errors import CapeError, CheckpointError, ConfigError, MissingFileError
 
@@ -420,7 +422,24 @@ def rename_tensors(
     if parts: raise CheckpointError(f"{source} does not fit; " + "; ".join(parts))
     return renamed
 
-# %% ../../nbs/11_contract.ipynb #c049
+# %% ../../nbs/11_contract.ipynb #c050
+def _weight_folders(): return [Path(str(files("cape")))/"weights", data_home()/"weights"]
+
+def list_weights() -> list:  # names, sorted: "posezoo/capeformer", ...
+    "The trained weights that come with the package or lie in the data folder's `weights/`."
+    return sorted({f"{f.parent.name}/{f.stem}" for folder in _weight_folders() for f in folder.glob("*/*.safetensors")})
+
+def find_weights(
+    name,   # path of a file, or a name that `list_weights` gives
+) -> Path:  # of the file
+    "Where weights lie. *Raises* `MissingFileError` for a name that nothing goes by."
+    if Path(name).is_file() or str(name).endswith(".safetensors"): return Path(name)
+    for folder in _weight_folders():
+        if (path := folder/f"{name}.safetensors").is_file(): return path
+    raise MissingFileError(f"{name}: no such checkpoint file, nor one of the weights that come with the package: "
+                           f"{', '.join(list_weights()) or 'none'}")
+
+# %% ../../nbs/11_contract.ipynb #c051
 def check_tensors(
     model: nn.Module,
     state: dict,         # name -> tensor
@@ -437,11 +456,12 @@ def check_tensors(
     if parts: raise CheckpointError(f"{source} does not fit {type(model).__name__}; " + "; ".join(parts))
 
 def load_model(
-    path,                # .safetensors file written by `save_model`
+    path,                # .safetensors file written by `save_model`, or a name that `list_weights` gives
     device: str = "cpu",
 ) -> CapeModel:          # in eval mode, with `.meta`
     "The model a checkpoint holds. *Raises* `MissingFileError`, `CheckpointError`, `ConfigError`."
     from safetensors.torch import load_file
+    path = find_weights(path)
     card = read_card(path)
     options = {k: None if k == "weights" else v for k, v in card["config"].items()}   # they are in the file
     try: model = create_model(card["name"], **options)

@@ -9,7 +9,8 @@ from run_notebook import UnknownParameter, run
 from safetensors.torch import load_file
 
 import cape
-from cape.learner import Learner, read_log, train_config
+from cape.learner import Learner, read_log
+from cape.trials import Trials
 
 NOTEBOOK = ROOT / "nbs" / "experiments" / "compare.ipynb"
 METHODS = ["protonet", "prototype"]
@@ -24,6 +25,9 @@ def compare(folder, name, **more):
     done = run(NOTEBOOK, folder / f"{name}.ipynb", SMALL | paths | more, 300)
     said = "".join(o.get("text", "") for c in done.cells if c.cell_type == "code" for o in c.outputs)
     return json.loads((folder / f"{name}.json").read_text()), said
+
+
+def runs_of(folder, method): return sorted(p.parent for p in (folder / "runs").glob(f"{method}-*/last.safetensors") if read_log(p.parent))
 
 
 def state(folder):
@@ -59,7 +63,8 @@ def test_rows_of_all_methods_with_intervals_and_origin(first):
         about = result["methods"][method]
         assert about["steps"] == 3 and about["size"] == 32 and about["parameters"] > 1000 and about["train"]["batch"] == 4
         assert about["images_per_second"][0] > 0 and len(about["minutes"]) == 1
-        assert read_log(folder / "runs" / method / "seed0")[-1]["step"] == 3
+        run, = runs_of(folder, method)
+        assert read_log(run)[-1]["step"] == 3
     assert result["mpck_thresholds"] == [.05, .1, .15, .2] and "mean of PCK at 0.05, 0.1, 0.15, 0.2" in said
     assert "<svg" in (folder / "first.svg").read_text()
 
@@ -75,25 +80,28 @@ def test_second_run_does_nothing_again(first):
 def test_killed_in_the_middle_it_ends_with_the_same_table(first, tmp_path):
     folder, result, _ = first
     runs = tmp_path / "runs"
-    shutil.copytree(folder / "runs" / "protonet", runs / "protonet")         # trained; killed between its two reports,
-    (runs / "protonet" / "seed0" / "5-shot.json").unlink()
-    data = cape.PoseDataset.load("posezoo", size="mini", split=1, subset="train")
-    config = train_config("tiny", steps=3, val_every=0, max_minutes=1e-6, **TRAIN)
-    torch.manual_seed(0)
-    model = cape.create_model("prototype", backbone="small", base={c.id: c.num_keypoints for c in data.categories.values()})
-    stopped = Learner(model, data, None, config, runs / "prototype" / "seed0").fit()      # and within the other's training
+    trained, = runs_of(folder, "protonet")
+    shutil.copytree(trained, runs / trained.name)                            # trained; killed between its two reports,
+    report = sorted((runs / trained.name).glob("report-*.json"))[0]
+    report.unlink()
+    trials = Trials(runs, steps=3, episodes=3, queries=2)
+    variant = {"method": "prototype", "train": TRAIN}
+    config = trials.config(variant, 0, 3)
+    place = runs / f"prototype-{trials.key(variant, 1, config)}"
+    net = trials.fresh(variant, 1, config)
+    stopped = Learner(net, trials.parts(1)[0], None, config.replace(max_minutes=1e-6), place).fit()   # and within the other's training
     assert stopped["stopped"] == "time limit" and stopped["step"] == 1
-    log = read_log(runs / "protonet" / "seed0")
+    log = read_log(runs / trained.name)
     killed, said = compare(tmp_path, "killed")
-    assert read_log(runs / "protonet" / "seed0") == log and "goes on at step 1 of 3" in said
-    assert "protonet, seed 0: training" not in said and "protonet, seed 0, 1-shot" not in said and "protonet, seed 0, 5-shot" in said
+    assert read_log(runs / trained.name) == log and "goes on at step 1 of 3" in said
+    assert f"{trained.name}: training" not in said and said.count(f"{trained.name}, ") == 1 and report.exists()
     assert killed["rows"] == result["rows"] and killed["tests"] == result["tests"]
 
 
 def test_equal_minutes_by_a_rate_that_is_kept(posezoo_mini, tmp_path):
     only = dict(methods=["protonet"], overrides={"protonet": {"train": TRAIN}}, shots=[1], warm=3, minutes=0.005, seeds=[0, 1])
     result, _ = compare(tmp_path, "timed", **only)
-    place = tmp_path / "runs" / "protonet" / "rate.json"
+    place, = (tmp_path / "runs" / "rates").glob("protonet-*.json")
     kept = json.loads(place.read_text())
     assert result["methods"]["protonet"]["steps"] == max(1, round(60 * .005 * kept["rate"])) and kept["rate"] > 0
     row = next(r for r in result["rows"] if r["method"] == "protonet")
@@ -112,10 +120,10 @@ def test_an_unknown_parameter_is_an_error(tmp_path):
 
 def test_all_methods_begin_from_one_backbone(posezoo_mini, tmp_path):
     result, said = compare(tmp_path, "start", start_steps=2, shots=[1], steps=2)
-    runs = tmp_path / "runs"
-    assert said.count("start: training") == 1 and result["start"]["step"] == 2
-    common = load_file(runs / "start" / "backbone.safetensors")
-    begun = cape.load_model(runs / "start" / "last.safetensors").backbone.state_dict()
+    start, = (tmp_path / "runs").glob("start-*")
+    assert said.count(f"{start.name}: training") == 1 and result["start"]["step"] == 2
+    common = load_file(start / "backbone.safetensors")
+    begun = cape.load_model(start / "last.safetensors").backbone.state_dict()
     for name, tensor in begun.items():
         if not name.startswith("last."): assert torch.equal(tensor, common[name])
     last = [n for n in common if n.startswith("last.4.")]
@@ -123,8 +131,9 @@ def test_all_methods_begin_from_one_backbone(posezoo_mini, tmp_path):
         for name in last: assert torch.equal(common[name.replace("last.4.", f"last.{stride}.")], common[name])
     assert last
     for method in METHODS:
-        assert result["methods"][method]["model"]["weights"] == str(runs / "start" / "backbone.safetensors")
-        after = cape.load_model(runs / method / "seed0" / "last.safetensors").backbone.state_dict()
+        assert result["methods"][method]["model"]["weights"] == str(start / "backbone.safetensors")
+        run, = runs_of(tmp_path, method)
+        after = cape.load_model(run / "last.safetensors").backbone.state_dict()
         away = max((after[n] - t).abs().max() for n, t in common.items() if n in after and n.endswith("weight"))
         assert 0 < away < .02                               # two small steps from there, and from nowhere else
     with pytest.raises(Exception, match="start_steps is for the small backbone"):

@@ -10,14 +10,16 @@ BIN    := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-browser test-gpu lab notebooks check clean distclean
+.PHONY: help env demo test test-slow test-browser test-gpu docs lab notebooks check clean distclean
 
 help:  ## list the jobs
 	@echo "make demo                  set up and run the example: data, training, evaluation, pictures"
 	@echo "make demo ARGS='steps=50'  the same with other parameters (ARGS=--help lists them)"
 	@echo "make test                  set up and run all tests and all chapters (ARGS='-k crops' runs some)"
+	@echo "make test-slow             the tests that take minutes each: fifty kills, ten thousand bad files, new environments"
 	@echo "make test-browser          the tests of the widgets in a real browser (installs Chromium)"
 	@echo "make test-gpu              the tests that need a CUDA device"
+	@echo "make docs                  the site of all chapters and the API, offline, with its links checked"
 	@echo "make lab                   read and run the chapters in JupyterLab"
 	@echo "make notebooks             after editing a chapter: export the package, clean, write README.md"
 	@echo "make check                 does the package equal the notebooks, are they clean?"
@@ -36,10 +38,18 @@ demo: env
 
 test: env
 	@"$(BIN)/cape" posezoo --size mini
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} "$(PY)" -m pytest -v -n $(JOBS) --dist worksteal --durations=12 $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} "$(PY)" -m pytest -v -n $(JOBS) --dist worksteal --durations=12 -m "not slow and not gpu" $(ARGS)
+
+test-slow: env
+	@"$(PY)" -m pip install -q build mypy pip-audit
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} "$(PY)" -m pytest -v -m "slow and not gpu" $(ARGS)
+
+docs: env
+	@"$(PY)" -m pip install -q --no-build-isolation -e ".[docs]"
+	@"$(PY)" tools/docs.py $(ARGS)
 
 test-browser: env
-	@"$(PY)" -m pip install -q "playwright>=1.50"
+	@"$(PY)" -m pip install -q --no-build-isolation -e ".[docs]" "playwright>=1.50"
 	@command -v chromium >/dev/null || "$(PY)" -m playwright install --with-deps chromium
 	@"$(PY)" -m pytest -v tests/browser $(ARGS)
 

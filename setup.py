@@ -25,7 +25,7 @@ setup(
                  "Intended Audience :: Science/Research", "Programming Language :: Python :: 3",
                  "Topic :: Scientific/Engineering :: Image Recognition"],
     python_requires=f">={cfg['min_python']}",
-    packages=find_packages(include=[lib, f"{lib}.*"]), package_data={"": ["*.json"], lib: ["weights/*", "weights/posezoo/*"]},
+    packages=find_packages(include=[lib, f"{lib}.*"]), package_data={"": ["*.json"], lib: ["py.typed", "weights/*", "weights/posezoo/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require={key.rsplit("_", 1)[0]: cfg[key].split() for key in cfg if key.endswith("_requirements")},
     entry_points={"console_scripts": [f"cape = {lib}.cli:main"], "nbdev": [f"{lib} = {lib}._modidx:d"]},

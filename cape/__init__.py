@@ -11,11 +11,15 @@ _PUBLIC = {
     "cape.data.crops": ["Augment"],
     "cape.data.episodes": ["EpisodeBatch", "TrainEpisodes", "TrainImages", "TestEpisodes"],
     "cape.models.base": ["CapeModel", "Prediction", "create_model", "list_models", "register_model",
-                         "save_model", "load_model"],
+                         "save_model", "load_model", "list_weights"],
     "cape.models.official": ["load_official", "download_official"],
     "cape.learner": ["Learner", "TrainConfig", "PRESETS"],
     "cape.evaluation": ["evaluate", "Report"],
     "cape.estimator": ["PoseEstimator", "predict_folder"],
+    "cape.escape_recipe": ["fit_escape"],
+    "cape.models.inference": ["quick"],
+    "cape.data.converters": ["read_poses", "write_poses"],
+    "cape.export": ["export_onnx"],
     "cape.photos": ["PhotoPose", "PhotoPoses", "read_photo"],
 }
 _MODULES = ["metrics", "pictures"]

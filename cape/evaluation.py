@@ -7,8 +7,9 @@ __all__ = ['PORTION', 'EDGES', 'portion', 'FeatureCache', 'groups_that_fit', 'pr
            'Table', 'table']
 
 # %% ../nbs/14_evaluation.ipynb #c003
-import base64, html, json, os, platform, subprocess, time, zlib
+import base64, hashlib, html, io, json, math, os, platform, subprocess, time, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import groupby
@@ -23,7 +24,7 @@ from . import metrics
 from .data.annotations import write_atomic
 from .data.crops import CropLoader, CropSource, to_image
 from .data.episodes import EpisodeBatch, TestEpisodes, make_batch
-from .errors import ConfigError, DataError, MissingFileError
+from .errors import ConfigError, DataError, MissingFileError, out_of_memory
 from .progress import progress as progress_bar
 
 # %% ../nbs/14_evaluation.ipynb #c011
@@ -67,9 +68,11 @@ class FeatureCache:
         for i, index in enumerate(indices):
             self.rows[role, index] = {k: v[i].clone() for k, v in features.items()}
         self.encoded += len(indices)
-        if not self.capacity:
-            self.size = sum(v[0].numel() * v.element_size() for v in features.values())  # of an image
-            self.capacity = max(1, int(self.memory_gb * 1e9 / max(1, self.size)))
+        if not self.capacity: self.measure(sum(v[0].numel() * v.element_size() for v in features.values()))
+
+    def measure(self, size: int) -> None:
+        "Note how many bytes the features of an image take, and how many fit."
+        self.size, self.capacity = size, max(1, int(self.memory_gb * 1e9 / max(1, size)))
 
     def take(
         self,
@@ -165,8 +168,44 @@ def _stack(parts: list) -> dict:
     return {name: np.concatenate([pad(p[name]) for p in parts]) for name in parts[0]}
 
 # %% ../nbs/14_evaluation.ipynb #c026
+def _key(model, test, source: CropSource) -> str:
+    "Sixteen hex digits that change with whatever changes a row: weights, data, episodes, crops."
+    import cape
+    crops = [getattr(source, name, None) for name in ("size", "padding", "antialias", "oversample")]
+    said = [cape.__version__, _name(model), getattr(model, "config", {}), source.data.fingerprint,
+            test.fingerprint, type(source).__name__, crops]
+    digest = hashlib.sha256(json.dumps(said, default=str).encode())
+    for name, t in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+class _Finished:
+    "Rows of finished categories, a file each; without a folder nothing is kept."
+    def __init__(self, folder, key: str): self.folder, self.key = folder and Path(folder), key
+    def path(self, category: int) -> Path: return self.folder / f"{self.key}-{category}.npz"
+
+    def read(self, category: int, cache: FeatureCache) -> dict | None:
+        "What was kept, if anything. *Raises* `DataError` for a file that is damaged."
+        if not self.folder or not self.path(category).exists(): return None
+        try:
+            with np.load(self.path(category), allow_pickle=False) as file: rows = dict(file)
+            cache.measure(int(rows.pop("bytes")))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise DataError(f"{self.path(category)} cannot be read ({type(error).__name__}: {error}); "
+                            "delete it, and this category is scored again") from error
+        return rows
+
+    def write(self, category: int, rows: dict, cache: FeatureCache) -> None:
+        "Keep them, whole or not at all. *Raises* `StorageError`."
+        if not self.folder: return
+        content = io.BytesIO()
+        np.savez(content, bytes=cache.size, **rows)
+        write_atomic(self.path(category), content.getvalue())
+
+# %% ../nbs/14_evaluation.ipynb #c028
 def _run(model, test, source: CropSource, batch_size: int, memory_gb: float, cached: bool,
-         progress: bool) -> tuple:
+         progress: bool, finished: _Finished) -> tuple:
     "All predictions, category after category: rows of pairs, and the cache for its counts."
     device, look = _device(model), model.needs_images
     images = lambda indices: source.crops(np.array(indices), device=device).images
@@ -174,26 +213,35 @@ def _run(model, test, source: CropSource, batch_size: int, memory_gb: float, cac
     roles = ("support", "query") if look and cached and model.roles_differ else ("query", "query")
     cache = FeatureCache(encode, memory_gb, portion(12 * source.size**2, batch_size, device))
     predict = _predict_cached if cached else _predict_uncached
-    parts, first = [], 0
-    total = sum(len(e.query) for e in test.episodes)
-    bar = progress_bar(None, _name(model), total, unit="pair", show=progress)
-    for _, episodes in groupby(test.episodes, key=lambda e: e.category):
-        episodes = list(episodes)
+    def some_rows(some, first, pairs):
+        batch = make_batch(source, some, images=False).to(device)
+        if look: points, confidence = predict(model, batch, cache, roles, pairs)
+        else: answer = model(batch); points, confidence = answer.keypoints, answer.confidence
+        _check_finite(model, some, points, source.data.categories)
+        bar.update(len(some) * len(some[0].query))
+        return _rows(batch, points, confidence, source, first)
+    def category_rows(episodes, first):
         for group in groups_that_fit(episodes, cache, roles) if look else [episodes]:
             pairs = portion(cache.size, batch_size, device)
             step = max(1, pairs // len(group[0].query))
-            for some in (group[i:i + step] for i in range(0, len(group), step)):
-                batch = make_batch(source, some, images=False).to(device)
-                if look: points, confidence = predict(model, batch, cache, roles, pairs)
-                else: answer = model(batch); points, confidence = answer.keypoints, answer.confidence
-                _check_finite(model, some, points, source.data.categories)
-                parts.append(_rows(batch, points, confidence, source, first))
-                first += len(some)
-                bar.update(len(some) * len(group[0].query))
-    bar.close()
+            for i in range(0, len(group), step):
+                yield some_rows(group[i:i + step], first, pairs)
+                first += len(group[i:i + step])
+    parts, first = [], 0
+    with progress_bar(None, _name(model), sum(len(e.query) for e in test.episodes), unit="pair",
+                      show=progress) as bar:
+        for category, episodes in groupby(test.episodes, key=lambda e: e.category):
+            episodes = list(episodes)
+            rows = finished.read(category, cache)
+            if rows: bar.update(len(rows["query"]))
+            else:
+                rows = _stack(list(category_rows(episodes, first)))
+                finished.write(category, rows, cache)
+            parts.append(rows)
+            first += len(episodes)
     return _stack(parts), cache
 
-# %% ../nbs/14_evaluation.ipynb #c028
+# %% ../nbs/14_evaluation.ipynb #c030
 def _report(rows: dict, data, settings: dict, thresholds) -> "Report":
     "Score the rows: distances of the keypoints that count, and what is needed to read them."
     mask = rows["seen"] & rows[f"seen_{settings['mask']}"]
@@ -209,7 +257,7 @@ def _report(rows: dict, data, settings: dict, thresholds) -> "Report":
                   points=rows["points"], confidence=rows["confidence"],
                   **{k: rows[k] for k in ("category", "query", "support", "episode")})
 
-# %% ../nbs/14_evaluation.ipynb #c030
+# %% ../nbs/14_evaluation.ipynb #c032
 @lru_cache
 def provenance() -> dict:
     "Versions that produced a result: cape, torch, numpy, python, and the git commit where there is one."
@@ -229,7 +277,7 @@ def _commit() -> str | None:
         return found.stdout.strip() + ("+" if git("status", "--porcelain", "-uno").stdout.strip() else "")
     except (OSError, subprocess.SubprocessError): return None
 
-# %% ../nbs/14_evaluation.ipynb #c032
+# %% ../nbs/14_evaluation.ipynb #c034
 @torch.no_grad()
 def evaluate(
     model,                  # a `CapeModel`
@@ -249,8 +297,9 @@ def evaluate(
     cached: bool = True,    # False: encode support and query anew for every pair, as the published codes do
     crops: CropSource | None = None,  # where crops come from; None: the photos, each read once a category
     progress: bool = True,
+    resume=None,            # folder that keeps each finished category: a killed call, made again, goes on
 ) -> "Report":
-    "Score `model` on test episodes. *Raises* `ConfigError`, `DataError`."
+    "Score `model` on test episodes. *Raises* `ConfigError`, `DataError`; `StorageError` with `resume`."
     _check_options(mask=(mask, ("all", "any")), protocol=(protocol, ("cape", "official")))
     begin, size = time.perf_counter(), size or _trained_size(model)
     source = crops or CropLoader(data, size, antialias=protocol == "cape")
@@ -258,7 +307,10 @@ def evaluate(
     was_training, official = model.training, protocol == "official" if official is None else official
     if device is not None: model.to(device)
     model.eval()
-    try: rows, cache = _run(model, test, source, batch_size, memory_gb, cached, progress)
+    finished = _Finished(resume, _key(model, test, source) if resume else "")
+    try:
+        with _memory(batch_size, memory_gb):
+            rows, cache = _run(model, test, source, batch_size, memory_gb, cached, progress, finished)
     finally: model.train(was_training)
     settings = dict(model=_name(model), model_config=getattr(model, "config", {}), data=data.name,
                     data_fingerprint=data.fingerprint, shots=shots, episodes=episodes, queries=queries,
@@ -266,6 +318,16 @@ def evaluate(
                     fingerprint=test.fingerprint, skipped=len(test.skipped), encoded=cache.encoded,
                     seconds=round(time.perf_counter() - begin, 2), device=str(_device(model)), **provenance())
     return _report(rows, data, settings, thresholds)
+
+@contextmanager
+def _memory(batch_size: int, memory_gb: float):
+    "*Raises* `ConfigError` that says what to try where memory runs out."
+    try: yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error): raise
+        less = f"batch_size={batch_size // 2}" if batch_size > 1 else f"memory_gb={memory_gb / 2:g}"
+        raise ConfigError(f"evaluate: out of memory with batch_size={batch_size}, memory_gb={memory_gb:g}; "
+                          f"try {less}") from error
 
 def _check_options(**options) -> None:
     "*Raises* `ConfigError` naming the option, what it may be and what came."
@@ -279,7 +341,7 @@ def _trained_size(model) -> int:
     "The crop side a checkpoint notes, or a model's own option says; else the papers' 256."
     return (getattr(model, "meta", None) or {}).get("size") or getattr(model, "config", {}).get("size") or 256
 
-# %% ../nbs/14_evaluation.ipynb #c034
+# %% ../nbs/14_evaluation.ipynb #c036
 EDGES = tuple(i / 100 for i in range(100))  # thresholds kept in a report's file, beside those asked for
 _ARRAYS = ("category", "query", "support", "episode")
 
@@ -340,7 +402,7 @@ class Report:
     def empty(self) -> int: return int((~self.mask.any(1)).sum())
     def __len__(self) -> int: return self.pairs
 
-# %% ../nbs/14_evaluation.ipynb #c037
+# %% ../nbs/14_evaluation.ipynb #c039
 def _interval(
     self: Report,
     metric=0.2,              # a threshold of PCK, or mpck, auc, nme
@@ -383,7 +445,7 @@ def _compare(
 Report.interval, Report.compare = _interval, _compare
 Report._shared, Report._same_pairs = _shared, _same_pairs
 
-# %% ../nbs/14_evaluation.ipynb #c040
+# %% ../nbs/14_evaluation.ipynb #c042
 def _per_category(self: Report) -> dict:
     "Category name -> its pairs, empty pairs, query images, PCK at each threshold, mPCK and NME."
     out = {}
@@ -416,7 +478,7 @@ def _by_occlusion(self: Report) -> dict:
 Report.per_category = property(_per_category)
 Report.per_keypoint, Report.by_occlusion = _per_keypoint, _by_occlusion
 
-# %% ../nbs/14_evaluation.ipynb #c042
+# %% ../nbs/14_evaluation.ipynb #c044
 def _cells(self: Report) -> list:
     "Rows (name, mean, low, high) of the metrics."
     rows = [(f"PCK@{t:g}", t) for t in self.thresholds]
@@ -459,7 +521,7 @@ def _repr(self: Report) -> str:
 Report._cells, Report._heading, Report.summary, Report._repr_html_ = _cells, _heading, _summary, _repr_html
 Report.__repr__ = _repr
 
-# %% ../nbs/14_evaluation.ipynb #c051
+# %% ../nbs/14_evaluation.ipynb #c053
 def pooled(
     reports: list,  # one or more, of the same pairs
 ) -> Report:
@@ -470,7 +532,7 @@ def pooled(
             for name in ("distances", "mask", "occluded", "errors", *_ARRAYS)}
     return replace(first, points=None, confidence=None, **rows)
 
-# %% ../nbs/14_evaluation.ipynb #c054
+# %% ../nbs/14_evaluation.ipynb #c056
 class Table:
     "Rows of text that print as a table, show as HTML and give `markdown()`."
     def __init__(self, head: list, rows: list): self.head, self.rows = head, rows
@@ -502,7 +564,7 @@ def table(
     row = lambda label, r: [label, *(cell(r.interval(c)) for c in columns), r.pairs]
     return Table(head, [row(label, r) for label, r in reports.items()])
 
-# %% ../nbs/14_evaluation.ipynb #c057
+# %% ../nbs/14_evaluation.ipynb #c059
 def _figure(
     self: Report,
     kind: str = "curve",          # curve: PCK over thresholds; categories: one bar each
@@ -528,7 +590,7 @@ def _figure(
 
 Report.figure = _figure
 
-# %% ../nbs/14_evaluation.ipynb #c061
+# %% ../nbs/14_evaluation.ipynb #c063
 def _pack(array: np.ndarray) -> dict:
     "An array as json: dtype, shape, and its zipped bytes in base64."
     array = np.ascontiguousarray(array)
@@ -537,7 +599,10 @@ def _pack(array: np.ndarray) -> dict:
                 zip=base64.b64encode(zlib.compress(little.tobytes(), 9)).decode())
 
 def _unpack(packed: dict) -> np.ndarray:
-    raw = zlib.decompress(base64.b64decode(packed["zip"]))
+    "No more is unzipped than dtype and shape announce, and that is less than a gigabyte."
+    size = np.dtype(packed["dtype"]).itemsize * math.prod(packed["shape"])
+    if not 0 <= size < 2**30: raise ValueError(f"an array of {size} bytes")
+    raw = zlib.decompressobj().decompress(base64.b64decode(packed["zip"]), size + 1)
     array = np.frombuffer(raw, packed["dtype"]).reshape(packed["shape"])
     return array.astype(array.dtype.newbyteorder("="))
 
@@ -570,7 +635,7 @@ def _plain(value):
     if isinstance(value, np.generic): return value.item()
     return str(value) if isinstance(value, Path) else type(value).__name__
 
-# %% ../nbs/14_evaluation.ipynb #c062
+# %% ../nbs/14_evaluation.ipynb #c064
 def _from_json(
     cls,
     path: str | Path,  # a file of `to_json`
@@ -579,7 +644,8 @@ def _from_json(
     path = Path(path)
     try: content = json.loads(path.read_text())
     except FileNotFoundError as error: raise MissingFileError(f"{path}: no such report") from error
-    except ValueError as error: raise DataError(f"{path}: not a json file ({error})") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise DataError(f"{path}: not a json file ({error})") from error
     try:
         arrays = {name: _unpack(packed) for name, packed in content["arrays"].items()}
         bins, edges = arrays.pop("bins"), np.array(content["edges"])
@@ -590,7 +656,7 @@ def _from_json(
                    edges=tuple(content["edges"]), categories=dict(content["categories"]),
                    keypoints=dict(content["keypoints"]), distances=distances, mask=mask,
                    occluded=occluded, errors=arrays.pop("errors").astype(float), **arrays)
-    except (KeyError, TypeError, ValueError, IndexError, zlib.error) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, zlib.error) as error:
         what = f"{path}: not a report of cape, or a damaged one"
         raise DataError(f"{what} ({type(error).__name__}: {error})") from error
 

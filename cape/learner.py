@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'PAPER_SCHEDULES', 'seed_step', 'TrainConfig', 'train_config', 'lr_at', 'fast_bf16', 'TrainingStep', 'feed',
-           'read_log', 'load_state', 'make_sampler', 'total_steps', 'Learner', 'plot_log']
+           'read_log', 'load_state', 'make_sampler', 'total_steps', 'Learner', 'load_batch', 'plot_log']
 
 # %% ../nbs/13_learner.ipynb #c003
-import dataclasses, io, json, math, random, time
+import dataclasses, io, json, math, random, signal, threading, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +20,9 @@ import torch
 from torch import nn
 
 # %% ../nbs/13_learner.ipynb #c005
-from .data.annotations import write_atomic
-from .errors import CheckpointError, ConfigError, StorageError, TrainingError
+from .data.annotations import sweep, write_atomic
+from .errors import (
+    CheckpointError, ConfigError, MissingFileError, StorageError, TrainingError, out_of_memory)
 from .pictures import lines
 from .progress import progress
 
@@ -170,19 +172,7 @@ class TrainingStep(nn.Module):
 
 def _name(model) -> str: return getattr(model, "name", "") or type(model).__name__
 
-# %% ../nbs/13_learner.ipynb #c037
-def _write(
-    path: Path,     # the file to make or to replace
-    content: bytes,
-) -> None:
-    "Write whole or not at all. *Raises* `StorageError` that says what became of the file of before."
-    there = path.exists()
-    try: write_atomic(path, content)
-    except OSError as error:
-        left = "the file of before is intact" if there else "nothing was written"
-        raise StorageError(f"{path} could not be saved ({error}); {left}") from error
-
-# %% ../nbs/13_learner.ipynb #c040
+# %% ../nbs/13_learner.ipynb #c039
 def feed(
     make,              # step -> batch; must depend on nothing but the step
     steps: range,      # which steps, in order
@@ -194,7 +184,7 @@ def feed(
         yield from map(make, steps)
         return
     if workers:
-        yield from torch.utils.data.DataLoader(_Steps(make, steps), batch_size=None, num_workers=workers)
+        yield from _from_workers(make, steps, workers)
         return
     with ThreadPoolExecutor(1, "cape-batches") as pool:
         waiting = deque()
@@ -203,13 +193,29 @@ def feed(
             if len(waiting) > ahead: yield waiting.popleft().result()
         while waiting: yield waiting.popleft().result()
 
+def _from_workers(make, steps: range, workers: int):
+    "The same from worker processes. *Raises* `TrainingError` when one of them dies."
+    loader = torch.utils.data.DataLoader(_Steps(make, steps), batch_size=None, num_workers=workers,
+                                         worker_init_fn=_deaf)
+    try: yield from loader
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error): raise
+        said = " ".join(str(error).split())
+        raise TrainingError(f"a process that makes batches died ({said}): was it out of memory? Fewer "
+                            f"TrainConfig.workers than {workers} need less (0: none); the last saved state is "
+                            "untouched, and the same call goes on from there") from error
+
+def _deaf(_) -> None:
+    "Ctrl-C is for the main process, which ends its workers when it is done."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
 class _Steps(torch.utils.data.Dataset):
     "`make` as a data set whose items are whole batches."
     def __init__(self, make, steps: range): self.make, self.steps = make, steps
     def __len__(self) -> int: return len(self.steps)
     def __getitem__(self, i: int): return self.make(self.steps[i])
 
-# %% ../nbs/13_learner.ipynb #c043
+# %% ../nbs/13_learner.ipynb #c042
 def read_log(
     folder: str | Path,  # a run's folder, or its log.jsonl
 ) -> list[dict]:         # one dict a line, in order
@@ -222,7 +228,7 @@ def read_log(
         except json.JSONDecodeError: break
     return lines
 
-# %% ../nbs/13_learner.ipynb #c045
+# %% ../nbs/13_learner.ipynb #c044
 _STATE = "state.pt"
 _FREE = ("preset", "device", "workers", "log_every", "pck_every", "val_every", "val_episodes", "val_queries",
          "save_every", "save_minutes", "max_minutes")  # fields that change no weight
@@ -249,7 +255,7 @@ def _check_same_run(path: Path, then: dict, now: dict) -> None:
     raise ConfigError(f"{path} holds another run ({told}). "
                       "Take its settings, another `out`, or delete the folder")
 
-# %% ../nbs/13_learner.ipynb #c050
+# %% ../nbs/13_learner.ipynb #c049
 def make_sampler(
     model: nn.Module,    # a `CapeModel`; `trains_on` says what it needs
     data,                # a `PoseDataset`
@@ -275,7 +281,7 @@ def _crop_cache(data, config: TrainConfig, device):
         cache.patches = cache.patches.to(device)
     return cache
 
-# %% ../nbs/13_learner.ipynb #c051
+# %% ../nbs/13_learner.ipynb #c050
 def total_steps(
     config: TrainConfig,
     sampler,              # `len(sampler)` is its epoch, in episodes or images
@@ -283,7 +289,7 @@ def total_steps(
     "`config.steps`, or as many as `config.epochs` take; the last batch of an epoch may reach into the next."
     return max(1, round(config.epochs * len(sampler) / config.batch)) if config.epochs else config.steps
 
-# %% ../nbs/13_learner.ipynb #c054
+# %% ../nbs/13_learner.ipynb #c053
 class Learner:
     "Trains `model` on `train`; everything it writes is in `out`, and a run found there is continued."
     def __init__(
@@ -304,27 +310,29 @@ class Learner:
             raise TrainingError(f"{_name(model)} has no trainable parameters: there is nothing to fit")
 
     def fit(self) -> dict:  # what is in result.json
-        "Train to the last step, or to the time limit; a state found in `out` is continued."
+        "Train to the last step or the time limit, or go on with what is in `out`; Ctrl-C stops and saves."
         self._start()
         stopped = "finished"
-        for step, batch in self._batches():
-            seed_step(self.config.seed, step, self.rank)
-            for group in self.optimizer.param_groups: group["lr"] = lr_at(step, self.steps, self.config)
-            terms = self.stepper(batch)
-            loss = sum(terms.values())
-            self.accelerator.backward(loss)
-            norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.clip or math.inf)
-            if not torch.isfinite(loss + norm): self._not_finite(step, batch, terms, norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            self.step = step + 1
-            self._record(terms, norm, batch)
-            if self._due(self.config.val_every) or self.step == self.steps: self._validate()
-            if self._time_to_save(): self._save()
-            if self.step < self.steps and self._out_of_time(): stopped = "time limit"; break
+        with self._memory(), _CtrlC(self.world == 1) as ctrl_c:
+            for step, batch in self._batches():
+                seed_step(self.config.seed, step, self.rank)
+                for group in self.optimizer.param_groups: group["lr"] = lr_at(step, self.steps, self.config)
+                terms = self.stepper(batch)
+                loss = sum(terms.values())
+                self.accelerator.backward(loss)
+                norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.clip or math.inf)
+                if not torch.isfinite(loss + norm): self._not_finite(step, batch, terms, norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                self.step = step + 1
+                self._record(terms, norm, batch)
+                if self._due(self.config.val_every) or self.step == self.steps: self._validate()
+                if self._time_to_save() or ctrl_c.asked: self._save()
+                if ctrl_c.asked: self._interrupted()
+                if self.step < self.steps and self._out_of_time(): stopped = "time limit"; break
         return self._finish(stopped)
 
-# %% ../nbs/13_learner.ipynb #c056
+# %% ../nbs/13_learner.ipynb #c055
 def _start(self: Learner) -> None:
     "Make the folder, place the model, and continue what is found."
     from accelerate import Accelerator, DistributedDataParallelKwargs as Options
@@ -338,14 +346,15 @@ def _start(self: Learner) -> None:
     make = torch.optim.AdamW if self.config.optimizer == "adamw" else torch.optim.Adam
     optimizer = make(self.parameters, lr=self.config.lr, weight_decay=self.config.weight_decay, fused=True)
     state = self._open_folder()
-    if state: self._restore(state, optimizer)
+    self._window, self._rows = {}, 0
+    self._restore(state, optimizer)
     self.crops = None if self.own_sampler else _crop_cache(self.train, self.config, self.accelerator.device)
     wanted = self.config.precision
     half = wanted == "bf16" or (wanted == "auto" and fast_bf16(self.accelerator.device))
     stepper = TrainingStep(self.model.train(), half)
     self.stepper, self.optimizer = self.accelerator.prepare(stepper, optimizer)
     self.model.meta = self._meta()
-    self._window, self._rows, self._before = {}, 0, (self.seen, self.seconds)
+    self._before = self.seen, self.seconds
     self._began = self._saved = self._since = time.perf_counter()
 
 def _open_folder(self: Learner) -> dict | None:
@@ -353,8 +362,7 @@ def _open_folder(self: Learner) -> dict | None:
     try:
         self.out.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
-            for name in (_STATE, "log.jsonl", "result.json", "last.safetensors", "best.safetensors"):
-                for half in self.out.glob(f".{name}.*"): half.unlink()
+            sweep(self.out, below=False)
             write_atomic(self.out / ".try", b""); (self.out / ".try").unlink()
     except OSError as error:
         raise StorageError(f"{self.out}: the output folder cannot be written ({error})") from error
@@ -367,24 +375,29 @@ def _about(self: Learner) -> dict:
     return dict(self.config.to_dict(), model=_name(self.model), steps=self.steps, training_data=data,
                 **{f"model.{k}": v for k, v in self._about_model().items()})
 
-def _restore(self: Learner, state: dict, optimizer) -> None:
+def _restore(self: Learner, state: dict | None, optimizer) -> None:
     "Put weights, optimiser and counters back; lines logged after the saved step are dropped."
+    if state: self._put_back(state, optimizer)
+    if self.rank: return
+    log, kept = self.out / "log.jsonl", [line for line in read_log(self.out) if line["step"] <= self.step]
+    if log.exists(): write_atomic(log, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    done = "has finished" if self.step >= self.steps else "goes on"
+    if state: print(f"{self.out}: the run found there {done} at step {self.step} of {self.steps}")
+
+def _put_back(self: Learner, state: dict, optimizer) -> None:
+    "*Raises* `ConfigError` for the state of another run, `CheckpointError` where it does not fit."
     _check_same_run(self.out / _STATE, state["about"], self._about())
     try: self.model.load_state_dict(state["model"]); optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError) as error:
         what = f"{self.out / _STATE} does not fit the model {_name(self.model)}"
         raise CheckpointError(f"{what}: {error}") from error
     self.step, self.best, self.seconds, self.seen = (state[k] for k in ("step", "best", "seconds", "seen"))
-    if self.rank: return
-    kept = [json.dumps(line) + "\n" for line in read_log(self.out) if line["step"] <= self.step]
-    _write(self.out / "log.jsonl", "".join(kept).encode())
-    done = "has finished" if self.step >= self.steps else "goes on"
-    print(f"{self.out}: the run found there {done} at step {self.step} of {self.steps}")
+    self._window, self._rows = state.get("window", ({}, 0))
 
 Learner._start, Learner._open_folder = _start, _open_folder
-Learner._about, Learner._restore = _about, _restore
+Learner._about, Learner._restore, Learner._put_back = _about, _restore, _put_back
 
-# %% ../nbs/13_learner.ipynb #c058
+# %% ../nbs/13_learner.ipynb #c057
 def _batches(self: Learner):
     "Pairs of step and this process's share of its batch, on the device, with a progress bar."
     def make(step):
@@ -405,7 +418,7 @@ def _batch(self: Learner, sampler, indices: list):
 
 Learner._batches, Learner._batch = _batches, _batch
 
-# %% ../nbs/13_learner.ipynb #c060
+# %% ../nbs/13_learner.ipynb #c059
 def _record(self: Learner, terms: dict, norm, batch) -> None:
     "Add one step to the running means; every `log_every` steps they become a line of the log."
     for name, value in {**terms, "grad_norm": norm}.items():
@@ -450,7 +463,7 @@ def _log(self: Learner, line: dict) -> None:
 Learner._record, Learner._write_line, Learner._log = _record, _write_line, _log
 Learner._mean, Learner._rate, Learner._due = _mean, _rate, _due
 
-# %% ../nbs/13_learner.ipynb #c062
+# %% ../nbs/13_learner.ipynb #c061
 @torch.no_grad()
 def _training_pck(self: Learner, episodes: int = 16) -> float:
     "PCK@0.2 of the crop's side on fixed, unaugmented episodes of the training categories."
@@ -491,7 +504,7 @@ def _validate(self: Learner) -> None:
 
 Learner._training_pck, Learner._validate = _training_pck, _validate
 
-# %% ../nbs/13_learner.ipynb #c064
+# %% ../nbs/13_learner.ipynb #c063
 def _time_to_save(self: Learner) -> bool:
     "By steps, by minutes, and after the last step."
     minutes = (time.perf_counter() - self._saved) / 60
@@ -503,10 +516,10 @@ def _save(self: Learner) -> None:
     if self.rank == 0:
         state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step,
                      best=self.best, seconds=self.seconds, seen=self.seen, config=self.config.to_dict(),
-                     about=self._about())
+                     window=(self._window, self._rows), about=self._about())
         content = io.BytesIO()
         torch.save(state, content)
-        _write(self.out / _STATE, content.getbuffer())
+        write_atomic(self.out / _STATE, content.getbuffer())
         self._save_weights("last.safetensors")
     self._saved = self._since = time.perf_counter()
 
@@ -516,13 +529,9 @@ def _meta(self: Learner) -> dict:
     return dict(step=self.step, size=size, train_config=self.config.to_dict(), best=self.best)
 
 def _save_weights(self: Learner, name: str) -> None:
-    "The model as a checkpoint that `load_model` reads."
+    "The model as a checkpoint that `load_model` reads. *Raises* `StorageError`."
     from cape.models.base import save_model
-    path, there = self.out / name, (self.out / name).exists()
-    try: save_model(self.model, path, **self._meta())
-    except Exception as error:
-        left = "the one of before is intact" if there else "nothing was written"
-        raise StorageError(f"{path} could not be saved ({type(error).__name__}: {error}); {left}") from error
+    save_model(self.model, self.out / name, **self._meta())
 
 def _out_of_time(self: Learner) -> bool:
     "Whether `max_minutes` are over by the first process's clock; several processes ask every tenth step."
@@ -534,24 +543,76 @@ def _out_of_time(self: Learner) -> bool:
 Learner._time_to_save, Learner._out_of_time = _time_to_save, _out_of_time
 Learner._save, Learner._save_weights, Learner._meta = _save, _save_weights, _meta
 
-# %% ../nbs/13_learner.ipynb #c066
+# %% ../nbs/13_learner.ipynb #c065
 def _not_finite(self: Learner, step: int, batch, terms: dict, norm) -> None:
     "Keep the batch that broke the run, then stop. *Raises* `TrainingError`."
     from safetensors.torch import save
     told = ", ".join(f"{name} {term.item():.4g}" for name, term in terms.items())
     tensors = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    tensors |= {f"links.{i}": pairs for i, pairs in enumerate(batch.links)}
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()
                if isinstance(v, torch.Tensor)}
     path = self.out / f"not-finite-step{step}-rank{self.rank}.safetensors"
-    notes = dict(step=str(step), seed=str(self.config.seed), terms=told)
-    _write(path, save(tensors, notes))
+    notes = dict(step=str(step), seed=str(self.config.seed), terms=told, size=str(batch.size))
+    write_atomic(path, save(tensors, notes))
     what = f"{_name(self.model)}: the loss or its gradient is not finite at step {step}"
     raise TrainingError(f"{what} ({told}, gradient norm {norm:.4g}). "
-                        f"The batch is kept in {path}; the last saved state is untouched")
+                        f"The batch is kept in {path} (`load_batch` reads it); "
+                        "the last saved state is untouched")
 
 Learner._not_finite = _not_finite
 
+def load_batch(
+    path: str | Path,  # not-finite-step7-rank0.safetensors
+):                     # `EpisodeBatch`
+    "A batch that broke a run, to be tried again. *Raises* `MissingFileError`, `CheckpointError`."
+    from cape.data.episodes import EpisodeBatch
+    from safetensors import safe_open
+    if not Path(path).is_file(): raise MissingFileError(f"{path}: no such file of a batch")
+    try:
+        with safe_open(str(path), "pt") as file:
+            tensors, notes = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        links = [tensors.pop(f"links.{i}") for i in range(sum(name.startswith("links.") for name in tensors))]
+        return EpisodeBatch(**tensors, links=tuple(links), size=int(notes["size"]))
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a whole batch of cape ({type(error).__name__}: {error})") from error
+
 # %% ../nbs/13_learner.ipynb #c067
+@contextmanager
+def _memory(self: Learner):
+    "*Raises* `TrainingError` that names a smaller batch where memory runs out."
+    try: yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error): raise
+        batch, size, device = self.config.batch, self.config.size, self.accelerator.device
+        less = batch // 2 // self.world * self.world
+        advice = f"try batch={less}" if less else f"no batch is smaller; try size={size * 3 // 4}"
+        if (self.out / _STATE).exists(): advice += " in another `out`: the run saved here keeps its settings"
+        raise TrainingError(f"{_name(self.model)}: out of memory at step {self.step} with batch={batch}, "
+                            f"size={size} on {device}: {advice}. The last saved state is untouched") from error
+
+class _CtrlC:
+    "Inside of it the first Ctrl-C is noted in `asked`, the second strikes; `active=False`: each one strikes."
+    def __init__(self, active: bool):
+        here = threading.current_thread() is threading.main_thread()
+        self.asked, self.active = False, active and here and \
+            signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    def __enter__(self):
+        if self.active: signal.signal(signal.SIGINT, self._note)
+        return self
+    def _note(self, number, frame):
+        if self.asked: raise KeyboardInterrupt
+        self.asked = True
+    def __exit__(self, *_):
+        if self.active: signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def _interrupted(self: Learner) -> None:
+    raise KeyboardInterrupt(f"{self.out}: stopped at step {self.step} of {self.steps} and saved; "
+                            "the same call goes on")
+
+Learner._memory, Learner._interrupted = _memory, _interrupted
+
+# %% ../nbs/13_learner.ipynb #c068
 def _finish(self: Learner, stopped: str) -> dict:
     "Save, write result.json, and leave the model in eval mode."
     from cape.evaluation import provenance
@@ -568,7 +629,7 @@ def _finish(self: Learner, stopped: str) -> dict:
         processes=self.world, best=self.best,
         last=next((line for line in reversed(read_log(self.out)) if "loss" in line), None), **provenance())
     if self.rank == 0:
-        _write(self.out / "result.json", json.dumps(result, indent=1).encode())
+        write_atomic(self.out / "result.json", json.dumps(result, indent=1).encode())
     self.accelerator.wait_for_everyone()
     return result
 
@@ -578,7 +639,7 @@ def _about_model(self: Learner) -> dict:
 
 Learner._finish, Learner._about_model = _finish, _about_model
 
-# %% ../nbs/13_learner.ipynb #c069
+# %% ../nbs/13_learner.ipynb #c070
 def plot_log(
     folders,         # a run's folder, or a dict of label -> folder
 ):                   # figure

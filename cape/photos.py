@@ -21,7 +21,7 @@ from . import pictures
 from .data.annotations import (MAX_PIXELS, PoseDataset, _to_rgb, clean_box, read_annotations, read_image,
                                    write_atomic)
 from .data.crops import crop_image
-from .errors import CapeError, DataError, StorageError
+from .errors import CapeError, DataError
 
 # %% ../nbs/42a_photos.ipynb #c006
 def _eight_bits(pixels: np.ndarray) -> np.ndarray:
@@ -233,8 +233,7 @@ class PhotoPoses(list):
         "Write COCO json, whole or not at all; paths below its folder become relative to it."
         path = Path(path)
         text = json.dumps(self.to_coco(path.parent), ensure_ascii=False, allow_nan=False, indent=1)
-        try: return write_atomic(path, text.encode())
-        except OSError as error: raise StorageError(f"{path}: cannot be written: {error}") from error
+        return write_atomic(path, text.encode(errors="backslashreplace"))
 
 # %% ../nbs/42a_photos.ipynb #c025
 def _same_photo(a, b) -> bool:
@@ -301,10 +300,17 @@ def _read_pose(a: dict, image: dict, kind, root) -> PhotoPose:
     "A COCO annotation as a pose."
     path, flat = Path(root or "", image["file_name"]), np.array(a["keypoints"], np.float64).reshape(-1, 3)
     points = np.where(flat[:, 2:] > 0, flat[:, :2], np.nan)
-    sure = np.array(a["confidence"], np.float64) if "confidence" in a else None
+    sure = _check_confidence(a["confidence"], len(flat), a["id"]) if "confidence" in a else None
     box = tuple(a["bbox"]) if a.get("box_given", True) and a.get("bbox") else None
     return PhotoPose(path, path.name, (image["width"], image["height"]), points, sure,
                      _names(kind.keypoints, len(flat)), kind.links, box)
+
+def _check_confidence(values, count: int, number) -> np.ndarray:
+    "*Raises* `DataError` unless it is a number in 0..1 for each keypoint."
+    try: sure = np.array(values, np.float64)
+    except (TypeError, ValueError, OverflowError): sure = np.zeros(0)
+    if sure.shape == (count,) and ((sure >= 0) & (sure <= 1)).all(): return sure
+    raise DataError(f"annotation {number}: expected confidence in 0..1 for {count} keypoints, got {str(values)[:80]}")
 
 def _names(names, count: int) -> tuple:
     "Names of `count` keypoints: numbers where there are none. *Raises* `DataError`."

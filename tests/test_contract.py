@@ -1,11 +1,12 @@
 """The contract: laws that break when they should, checkpoints, names, decoding."""
 import json
+import os
 
 import pytest
 import torch
 from torch import nn
 
-from cape.errors import CapeError, CheckpointError, ConfigError
+from cape.errors import CapeError, CheckpointError, ConfigError, StorageError
 from cape.models.base import (CapeModel, Prediction, check_contract, create_model, decode_quarter, decode_soft,
                               list_models, load_model, peaks, read_card, register_model, save_model, toy_batch)
 from cape.models.controls import Copy, mean_pose
@@ -83,13 +84,10 @@ def test_checkpoint_round_trip(tmp_path):
 
 
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
-    import safetensors.torch
     path = save_model(Tiny(), tmp_path / "m.safetensors", step=1)
-    def torn(state, file, metadata=None):
-        open(file, "wb").write(b"half")
-        raise OSError("disk full")
-    monkeypatch.setattr(safetensors.torch, "save_file", torn)
-    with pytest.raises(OSError, match="disk full"): save_model(Tiny(), path, step=2)
+    def torn(file): raise OSError("disk full")
+    monkeypatch.setattr(os, "fsync", torn)
+    with pytest.raises(StorageError, match="m.safetensors: cannot be written: disk full; the file of before is intact"): save_model(Tiny(), path, step=2)
     assert read_card(path)["meta"] == {"step": 1} and len(list(tmp_path.iterdir())) == 1
 
 

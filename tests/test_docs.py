@@ -70,6 +70,7 @@ def test_links_lead_from_the_root_of_the_site(tmp_path):
         "[a](/12_prototypes.ipynb#x) ![b](/figures/speed.png) [c](https://a.b/c) [d](#d)")
     assert site.text("[a](../12_prototypes.ipynb) [b](demo.ipynb)", "nbs/experiments") == (
         "[a](/12_prototypes.ipynb) [b](/experiments/demo.ipynb)")
+    assert site.text("`stages[i](x)` and `WHITE`", "nbs") == "`stages[i](x)` and `WHITE`"
     assert (tmp_path / "figures/speed.png").exists() and not site.copied
     site.text("[data](../data/README.md)", "nbs")
     assert site.copied == ["data/README"]
@@ -79,7 +80,8 @@ def test_hidden_cells_and_directives_are_left_out(tmp_path):
     from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
     import nbformat
     markdown = new_output("display_data", data={"text/markdown": "| [a](12_prototypes.ipynb) |\n|---|\n"})
-    cells = [new_markdown_cell("# name"), new_code_cell("#| default_exp metrics"), new_code_cell("#| hide\nimport secret"),
+    cells = [new_markdown_cell("# name"), new_code_cell("#| default_exp metrics"),
+             new_code_cell("#| hide\nimport secret"),
              new_code_cell("#| export\nx = 1"), new_code_cell("#| echo: false\ny = 2", outputs=[markdown])]
     path = ROOT / "nbs/12_prototypes.ipynb"
     here = tmp_path / "nbs"
@@ -130,9 +132,17 @@ def test_a_foreign_script_is_refused_and_offline_is_said(tmp_path, monkeypatch):
     assert not list((tmp_path / "b").iterdir())
 
 
+def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
+    (tmp_path / "html").mkdir()
+    (tmp_path / "html/mine.txt").write_text("kept")
+    assert docs.main(["--out", str(tmp_path)]) == 1 and (tmp_path / "html/mine.txt").exists()
+    said = capsys.readouterr().err
+    assert "holds something else than a site" in said and said.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_the_whole_site_builds_without_live_widgets(tmp_path, capsys):
-    for need in ("sphinx", "myst_nb", "sphinx_book_theme", "ziamath"):
+    for need in docs.NEEDS:
         if importlib.util.find_spec(need) is None: pytest.skip(f"{need} is not installed: pip install -e '.[docs]'")
     assert docs.main(["--static", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out

@@ -232,8 +232,8 @@ def test_disk_full_leaves_the_old_state(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))             # every file ends after 4 kB, as on a full disk
     try:
-        with pytest.raises(StorageError, match="state.pt could not be saved .*the file of before is intact"): learner._save()
-        with pytest.raises(StorageError, match="last.safetensors could not be saved .*intact"): learner._save_weights("last.safetensors")
+        with pytest.raises(StorageError, match="state.pt: cannot be written: .*the file of before is intact"): learner._save()
+        with pytest.raises(StorageError, match="last.safetensors: cannot be written: .*intact"): learner._save_weights("last.safetensors")
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == before
 

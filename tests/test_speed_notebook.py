@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 from run_notebook import run
 
-SMALLEST = dict(methods=["protonet"], method_size=32, method_batches=[1, 2], method_step=2, keypoints=5, cases=[[0, 2], [4, 2]], uncached_episodes=1, categories=1, images=8, crop_sizes=[32], size=32, preset="tiny",
+SMALLEST = dict(ways=["escape"], supers=20, methods=["protonet"], method_size=32, method_batches=[1, 2], method_step=2, keypoints=5, cases=[[0, 2], [4, 2]], uncached_episodes=1, categories=1, images=8, crop_sizes=[32], size=32, preset="tiny",
                 steps=1, repeats=2, seconds=0.01, threads=1)
 
 
@@ -22,7 +22,7 @@ def speed(posezoo_mini, tmp_path_factory):
 
 def test_result_says_what_was_run_and_where(speed):
     result, _, _ = speed
-    assert set(result) == {"experiment", "parameters", "provenance", "rates", "ratios", "equal_answers", "memory", "samples"}
+    assert set(result) == {"experiment", "parameters", "provenance", "rates", "ratios", "equal_answers", "median_move", "memory", "samples"}
     assert {k: result["parameters"][k] for k in SMALLEST} == SMALLEST
     assert {"protonet, batch 1", "protonet, batch 2", "protonet, training step of 2"} <= set(result["rates"])
     assert {"commit", "device", "torch", "numpy", "python", "cape", "cores", "threads", "seed", "minutes"} <= \
@@ -53,6 +53,14 @@ def test_ratios_compare_steps_that_were_measured(speed):
     assert all(r["saved"] == pytest.approx(2 * r["pairs"] / r["encoded"]) for r in evaluations)
 
 
+def test_whole_episodes_are_timed_and_folding_moves_nothing(speed):
+    result, _, _ = speed
+    ways = {f"escape, {name}" for name in ("as published", "as it is", "folded", "bfloat16", "features there")}
+    assert ways | {"backbone alone"} <= set(result["rates"]) and result["rates"]["escape, folded"]["unit"] == "query"
+    assert all(f"episode, escape: {name} over as published" in result["ratios"] for name in ("as it is", "folded", "bfloat16", "features there"))
+    assert result["median_move"]["as it is"] == 0 and result["median_move"]["folded"] < 1e-4
+
+
 def test_cached_answers_equal_uncached_ones(speed):
     same = speed[0]["equal_answers"]
     assert same["equal"] and same["pairs"] == 7 and same["largest_difference"] < 1e-3
@@ -68,5 +76,5 @@ def test_memory_is_told_by_step_and_for_the_cache(speed):
 
 def test_progress_and_table_are_printed_and_the_figure_written(speed):
     _, said, folder = speed
-    assert said.count("round 1 of 2") == 5 and "ms a pair" in said and "peak MB" in said
+    assert said.count("round 1 of 2") == 6 and "ms a pair" in said and "peak MB" in said
     assert (folder / "speed.svg").read_text().startswith("<?xml")

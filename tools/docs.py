@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 PARTS = {"0": "The task", "1": "Matching", "2": "Knowledge of the base categories", "3": "Structure",
          "4": "Looking inside, and using it", "e": "Experiments"}
+NEEDS = ("sphinx", "myst_nb", "sphinx_book_theme", "ziamath", "papermill")
 WIDGETS = re.compile(r"^\s*(?:import|from) (?:ipywidgets|anywidget)\b", re.M)
 MODULE = re.compile(r"^#\|\s*default_exp\s+(\S+)", re.M)
 LINK = re.compile(r"(\]\()(?![a-z]+:|#|/)([^)\s#]+)")
@@ -38,10 +39,20 @@ require(['@jupyter-widgets/html-manager/dist/libembed-amd'], manager => manager.
 STYLE = """@font-face { font-family: 'STIX Two Math'; src: url(STIXTwoMath-Regular.ttf) }
 math { font-family: 'STIX Two Math', math; font-size: 1.05em }
 math[display=block] { overflow-x: auto; overflow-y: hidden; padding: .3em 0 }
-dl.py table { font-size: .9em }
+.bd-header { display: none !important }  /* the search field stands in the side bar already */
+.bd-main .bd-content .bd-article-container { max-width: 66em }
+.bd-main .bd-content .bd-sidebar-secondary { width: 12.5rem }
+div.highlight pre { font-size: 12px }
+dl.py table, article table code { font-size: .9em }
+article col { width: auto !important }
+h1 { overflow-wrap: anywhere }
+.widget-subarea { overflow-x: auto }  /* and undo what the theme means by .row: a widget may use the word too */
+.widget-subarea .row { flex-wrap: nowrap; margin: 0 }
+.widget-subarea .row > * { flex-shrink: 1; width: auto; max-width: none; margin-top: 0; padding: 0 }
+@media (max-width: 600px) { dl.py dd { margin-left: .5rem } h1 { font-size: 1.8rem } }
 """
-LIVE = ("```{note}\nThe widget on this page is live: what needs no model works here, the rest "
-        "(as *predict*) when the chapter runs in JupyterLab.\n```")
+LIVE = ("```{note}\nThe widget on this page is live without a kernel; what needs a model or writes a file "
+        "answers when the chapter runs in JupyterLab.\n```")
 
 
 class Fault(Exception):
@@ -61,7 +72,8 @@ def fetch(package, version, folder):
         if not shutil.which("npm"):
             address = f"https://registry.npmjs.org/{package}/-/{package.split('/')[-1]}-{version}.tgz"
             return urlretrieve(address, folder / "package.tgz")[0]
-        subprocess.run(["npm", "pack", f"{package}@{version}", "--silent"], cwd=folder, check=True, capture_output=True, timeout=120)
+        command = ["npm", "pack", f"{package}@{version}", "--silent"]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=120)
         return next(folder.glob("*.tgz"))
     except (OSError, subprocess.SubprocessError, StopIteration) as e:
         raise Fault(f"{package} {version} cannot be fetched; is the network there? ({type(e).__name__})") from e
@@ -73,9 +85,13 @@ def scripts(folder):
     for name, (package, version, member, digest) in SCRIPTS.items():
         file = folder / name
         if file.exists() and hashlib.sha256(file.read_bytes()).hexdigest() == digest: continue
-        with tempfile.TemporaryDirectory() as tmp, tarfile.open(fetch(package, version, Path(tmp))) as archive:
-            data = archive.extractfile(f"package/{member}").read()
-        if hashlib.sha256(data).hexdigest() != digest: raise Fault(f"{name} of {package} {version} is not the file it should be")
+        with tempfile.TemporaryDirectory() as tmp:
+            try:
+                with tarfile.open(fetch(package, version, Path(tmp))) as archive:
+                    data = archive.extractfile(f"package/{member}").read()
+            except (tarfile.TarError, EOFError, KeyError): data = b""
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise Fault(f"{name} of {package} {version} is not the file it should be")
         file.write_bytes(data)
     return folder
 
@@ -90,7 +106,9 @@ def contents(pages, more):
     "The table of contents as Markdown, a part a toctree"
     parts = {}
     for page in pages:
-        if page != "index": parts.setdefault(PARTS[page[0]], []).append(f"{' '.join(Path(page).name.split('_'))} <{page}>")
+        if page == "index": continue
+        title = Path(page).name.replace("_", " ")
+        parts.setdefault(PARTS.get(page[0], "More"), []).append(f"{title} <{page}>")
     parts["Reference"] = ["API <api/index>", *more]
     return "\n\n".join("\n".join(["```{toctree}", ":hidden:", f":caption: {part}", "", *entries, "```"])
                        for part, entries in parts.items())
@@ -105,8 +123,9 @@ def run_live(notebook, folder):
     if not done.exists():
         say(f"running {notebook.name} for its widgets")
         part = folder / f"{notebook.stem}.part.ipynb"
-        try: run(notebook, part, timeout=600)
+        try: run(notebook, part, timeout=1800, stream=sys.stdout)
         except Exception as e: raise Fault(f"{notebook.name}: {failure(e)}") from e
+        for old in folder.glob(f"{notebook.stem}-????????????????.ipynb"): old.unlink()
         part.rename(done)
     return done
 
@@ -124,7 +143,8 @@ class Site:
         "Markdown of a file in `folder` with addresses from the site's root; what they name is copied"
         def absolute(m):
             target = posixpath.normpath(posixpath.join(folder, m[2]))
-            if (ROOT / target).is_file() and not target.endswith(".ipynb"): self.copy(target)
+            if not (ROOT / target).is_file(): return m[0]  # no link but code, or a broken one: Sphinx will say so
+            if not target.endswith(".ipynb"): self.copy(target)
             return f"{m[1]}/{target.removeprefix('nbs/')}"
         return self.api.link_names(LINK.sub(absolute, text), self.names)
 
@@ -155,8 +175,8 @@ class Site:
             told = [o for o in cell.get("outputs", []) if "text/markdown" in o.get("data", {})]
             if told: cell.outputs = [o for o in cell.outputs if o not in told]
             cells += [cell, *(new_markdown_cell(self.text(o.data["text/markdown"], folder)) for o in told)]
-        if module: cells.insert(1, new_markdown_cell(f"*Module*: {{py:mod}}`{self.package.__name__}.{module[1]}`"))
         if live: self.widgets.append(page); cells.insert(1, new_markdown_cell(LIVE))
+        if module: cells.insert(1, new_markdown_cell(f"*Module*: {{py:mod}}`{self.package.__name__}.{module[1]}`"))
         nb.cells = cells
         self.write(f"{page}.ipynb", nbformat.writes(nbformat.from_dict(nb), version=4))
         return f"{self.package.__name__}.{module[1]}" if module else None
@@ -183,12 +203,15 @@ def settings(static, live, version):
     "The configuration of Sphinx"
     return dict(
         project="cape", html_title="cape", version=version, release=version, root_doc="index", language="en",
-        extensions=["myst_nb", "docs"], html_theme="sphinx_book_theme", html_static_path=[str(static)],
-        html_css_files=["cape.css"], html_math_renderer="mathml", html_copy_source=False, html_show_copyright=False,
+        extensions=["myst_nb", "docs"], smartquotes=False, add_module_names=False, toc_object_entries=False,
+        html_theme="sphinx_book_theme", html_static_path=[str(static)], html_css_files=["cape.css"],
+        html_math_renderer="mathml", html_copy_source=False, html_show_copyright=False,
+        html_show_search_summary=False,  # the search page would have to read the others, which a browser forbids on a disk
         html_context={"default_mode": "light"},
-        html_theme_options={"use_download_button": False, "use_fullscreen_button": False, "show_navbar_depth": 1},
-        nb_execution_mode="off", nb_merge_streams=True, myst_enable_extensions=["dollarmath", "amsmath", "colon_fence"],
-        myst_heading_anchors=3, myst_update_mathjax=False, add_module_names=False, toc_object_entries=False,
+        html_theme_options={"use_download_button": False, "use_fullscreen_button": False, "show_navbar_depth": 1,
+                            "footer_content_items": []},
+        myst_enable_extensions=["dollarmath", "amsmath", "colon_fence"], myst_heading_anchors=3, myst_update_mathjax=False,
+        nb_execution_mode="off", nb_merge_streams=True, nb_output_stderr="remove",
         nb_ipywidgets_js={name: {"defer": "defer"} for name in [*SCRIPTS, "start.js"]} if live else {})
 
 
@@ -220,12 +243,14 @@ def setup(app):
 
 
 def render(out, conf):
-    "Run Sphinx; *Raises* `Fault` if it warned"
+    "Run Sphinx; True if it had nothing to warn of"
     from sphinx.application import Sphinx
+    from sphinx.util.console import nocolor
+    if not sys.stdout.isatty(): nocolor()
     app = Sphinx(out / "source", None, out / "html", out / "doctrees", "html", confoverrides=conf, warningiserror=True,
                  freshenv=True, parallel=min(2, os.cpu_count() or 1))
     app.build()
-    if app.statuscode: raise Fault("Sphinx warned, see above")
+    return app.statuscode == 0
 
 
 def checked(out):
@@ -240,16 +265,21 @@ def checked(out):
 
 def build(out, live=True):
     "The site in `out`/html; *Raises* `Fault`"
-    for name in ("source", "html", "doctrees", "static"): shutil.rmtree(out / name, ignore_errors=True)
+    if out != ROOT / "_docs" and out.exists() and any(out.iterdir()) and not (out / "doctrees").is_dir():
+        raise Fault(f"{out} holds something else than a site; name an empty folder")
+    lacking = [name for name in NEEDS if find_spec(name) is None]
+    if lacking: raise Fault(f"{', '.join(lacking)} not installed: pip install -e '.[docs]'")
+    for name in ("source", "html", "doctrees", "static", "jupyter_execute"): shutil.rmtree(out / name, ignore_errors=True)
     try: at = scripts(Path(sys.prefix) / "share/cape-docs") if live else None
     except Fault as e: at = say(f"{e} Widgets are pictures in this site.")
     say("reading chapters and modules")
-    site = Site(out / "source", out / "live" if at else None)
+    site = Site(out / "source", ROOT / "_docs/live" if at else None)
     count = site.build()
     static_files(out / "static", at)
     say(f"{count} pages, live widgets in {', '.join(site.widgets) or 'none'}; building")
-    render(out, settings(out / "static", at, site.package.__version__))
+    clean = render(out, settings(out / "static", at, site.package.__version__))
     checked(out)
+    if not clean: raise Fault("Sphinx warned, see above")
     return out / "html/index.html"
 
 

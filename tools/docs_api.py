@@ -73,13 +73,13 @@ def table(thing, names):
     except (TypeError, OSError, SyntaxError, ValueError): return ""
     rows = []
     for name, doc in known.items():
-        if name in ("self", "cls") or (name == "return" and isinstance(thing, type)): continue
-        if not (doc.docment or kind(doc.anno)) or (name == "return" and kind(doc.anno) in ("", "None") and not doc.docment): continue
+        typed = "" if name == "return" and doc.anno is None else kind(doc.anno)
+        if name in ("self", "cls") or name == "return" and isinstance(thing, type) or not (doc.docment or typed): continue
         label = "**returns**" if name == "return" else f"`{name}`"
-        typed = f"`{kind(doc.anno)}`".replace("|", "\\|") if kind(doc.anno) else ""
+        typed = f"`{typed}`".replace("|", "\\|") if typed else ""
         rows.append(f"| {label} | {typed} | {plain(doc.docment or '', names)} |")
     said = any(doc.docment for doc in known.values())
-    return "\n".join(["| | type | meaning |", "|---|---|---|", *rows, ""]) if said else ""
+    return "\n".join(["| argument | type | meaning |", "|---|---|---|", *rows, ""]) if said else ""
 
 
 def directive(role, head, body, colons=3):
@@ -132,7 +132,8 @@ def index(mods, package):
             for m, names in package._PUBLIC.items() for n in names]
     return "\n".join([
         "# API", "", f"What a user types is in `{package.__name__}` itself, imported when it is first asked for:", "",
-        "| name | |", "|---|---|", *rows, "", "## Modules", "", "```{toctree}", ":maxdepth: 1", "", *sorted(mods), "```", ""])
+        "| name | what it is |", "|---|---|", *rows, "",
+        "## Modules", "", "```{toctree}", ":maxdepth: 1", "", *sorted(mods), "```", ""])
 
 
 def first_line(thing, mods, package):

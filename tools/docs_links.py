@@ -29,7 +29,8 @@ class Page(HTMLParser):
 def check(site):
     "(faults as lines, {external address: pages}, pages, addresses looked at) of the folder `site`"
     files = {p.relative_to(site).as_posix(): p for p in site.rglob("*") if p.is_file()}
-    pages = {name: Page(p.read_text(encoding="utf-8")) for name, p in files.items() if name.endswith(".html")}
+    pages = {name: Page(p.read_text(encoding="utf-8")) for name, p in files.items()
+             if name.endswith(".html") and not name.startswith("_static/")}  # there: templates of the theme
     faults, external, count = [], defaultdict(set), 0
     for name, page in sorted(pages.items()):
         for address, loaded in [(a, False) for a in page.links] + [(a, True) for a in page.loads]:

@@ -15,7 +15,7 @@ from ..progress import progress as progress_bar
 from ..errors import CapeError, ConfigError, DataError
 
 # %% auto #0
-__all__ = ['MEAN', 'STD', 'square_matrix', 'crop_matrix', 'apply_matrix', 'invert_matrix', 'chain_matrices', 'to_unit',
+__all__ = ['WIDEST', 'MEAN', 'STD', 'square_matrix', 'crop_matrix', 'apply_matrix', 'invert_matrix', 'chain_matrices', 'to_unit',
            'from_unit', 'to_crop', 'to_image', 'warp', 'cut_patch', 'Crop', 'crop_image', 'normalise', 'denormalise',
            'Augment', 'jitter_colour', 'make_heatmaps', 'InstanceTable', 'instance_table', 'Crops', 'CropSource',
            'CropLoader', 'CropCache']
@@ -142,6 +142,8 @@ def warp(
     return F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 # %% ../../nbs/02_crops.ipynb #c021
+WIDEST = 8192  # pixels of a square that is cut out; what is wider is first reduced by a whole factor
+
 def cut_patch(
     image: np.ndarray,    # (H,W,3) uint8
     box,                  # (4,) clean box
@@ -155,6 +157,8 @@ def cut_patch(
     if wide[0, 0] >= side / (side - 2): return _copy_pixels(image, box, side)
     from PIL import Image
     corners = apply_matrix(invert_matrix(wide), np.array([[-.5, -.5], [side - .5, side - .5]])) + .5
+    less = math.ceil((corners[1] - corners[0]).max() / WIDEST)   # a box may be far larger than its image
+    if less > 1: image, corners = np.asarray(Image.fromarray(image).reduce(less)), corners / less
     low, high = np.floor(corners[0]).astype(int) - 1, np.ceil(corners[1]).astype(int) + 1
     region = _padded(image, low, high)
     frame = tuple((corners - low).ravel().tolist())

@@ -32,8 +32,8 @@ _KINDS = {  # kind -> severity and what it means
     "malformed box": ("error", "box that is not four numbers"),
     "malformed keypoints": ("error", "keypoints that are not x, y, v triples"),
     "another K": ("error", "annotation with another number of keypoints than its category; left out"),
-    "keypoint not a number": ("error", "labelled keypoint that is NaN or infinite; left out"),
-    "box not a number": ("error", "box with NaN or infinity; left out"),
+    "keypoint not a number": ("error", "labelled keypoint that is NaN, infinite or beyond 1e9; left out"),
+    "box not a number": ("error", "box with NaN, infinity or a number beyond 1e9; left out"),
     "link out of range": ("error", "link to a keypoint that does not exist"),
     "no image found": ("error", "none of the images is in the image folder"),
     "unreadable image": ("error", "image that is cut off, damaged or too large"),
@@ -41,6 +41,7 @@ _KINDS = {  # kind -> severity and what it means
     "image size differs": ("warning", "image of another size than the annotation file says"),
     "image lies on its side": ("warning", "size in the file is that before EXIF turns it: do points fit?"),
     "links count from 1": ("warning", "links that count keypoints from 1, as in COCO; read as such"),
+    "image too large": ("warning", "annotation on an image of more pixels than are read; left out"),
     "box empty or outside the image": ("warning", "box of no size inside its image; left out"),
     "keypoint outside": ("warning", "annotation with a labelled keypoint more than 2 px outside its image"),
     "odd visibility": ("warning", "visibility other than 0, 1, 2; read as the nearest"),
@@ -113,7 +114,7 @@ class HealthReport:
         findings = [asdict(f) for f in self.findings]
         values = dict(name=self.name, ok=self.ok, counts=self.counts, findings=findings)
         text = json.dumps(values, indent=1, ensure_ascii=False)
-        if path: write_atomic(path, text.encode())
+        if path: write_atomic(path, text.encode(errors="backslashreplace"))
         return text
 
 def _table(report: HealthReport) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 import cape
-from .annotations import data_home, mp100_facts, write_atomic
+from .annotations import data_home, mp100_facts, sweep, write_atomic
 from .drawing import draw, draw_batch
 from .staging import Photograph, Species, photograph
 from ..errors import ConfigError, StorageError
@@ -180,7 +180,8 @@ def _write_annotations(folder: Path, seed: int, size: Size) -> None:
         content = dict(info=info, **content, categories=[_category(species()[i]) for i in ids])
         write_atomic(new/f"{name}.json", json.dumps(content, separators=(",", ":")).encode())
     os.replace(new, folder/"annotations")
-    shutil.rmtree(folder/"parts")
+    shutil.rmtree(folder/"parts", ignore_errors=True)
+    sweep(folder)
 
 def _same_plan(folder: Path, seed: int, size: Size) -> None:
     "Write down what is being built; *raises* `ConfigError` if something else was begun in this folder"
@@ -232,6 +233,6 @@ def build(
         for _ in _steps(folder, size, seed, workers, device): pass
         _write_annotations(folder, seed, size)
     except OSError as e:
-        if isinstance(e, StorageError): raise
+        if isinstance(e, StorageError) and not e.errno: raise  # a worker's, told already
         raise _storage_error(folder, e) from None
     return folder

@@ -12,7 +12,6 @@ import importlib
 import importlib.util
 import inspect
 import json
-import os
 import re
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -25,6 +24,7 @@ from torch import nn
 
 from ..data.annotations import data_home
 from .backbones import FrozenBatchNorm2d, freeze_bn
+from ..data.annotations import write_atomic
 from ..errors import CapeError, CheckpointError, ConfigError, MissingFileError
 
 # %% ../../nbs/11_contract.ipynb #c005
@@ -370,21 +370,14 @@ def save_model(
     path,       # .safetensors file to write
     **meta,     # json values to keep with it (step, score, ...)
 ) -> Path:      # the file
-    "Write weights, name, config and `meta` to one file, atomically."
-    from safetensors.torch import save_file
+    "Write weights, name, config and `meta` to one file, whole or not at all. *Raises* `StorageError`."
+    from safetensors.torch import save
     from cape import __version__
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     frozen = [n for n, m in model.named_modules() if isinstance(m, FrozenBatchNorm2d)]
     card = {"name": model.name, "config": model.config, "version": __version__, "frozen": frozen,
             "meta": _plain(meta)}
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        save_file(state, str(part), metadata={"cape": json.dumps(card), "format": "pt"})
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
-    return path
+    return write_atomic(path, save(state, metadata={"cape": json.dumps(card), "format": "pt"}))
 
 def read_card(
     path,  # .safetensors file written by `save_model`

@@ -1,24 +1,30 @@
 "The built site as a reader opens it, from the disk: nothing is asked of the network, links, search and widgets work."
 import importlib.util
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+import docs
+
 sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(1600)]
 
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
-    "The folder of a site built here"
-    for need in ("sphinx", "myst_nb", "sphinx_book_theme", "ziamath"):
+    "The folder of a site built here; $CAPE_SITE may name one that is built already"
+    if os.environ.get("CAPE_SITE"): return Path(os.environ["CAPE_SITE"]).resolve()
+    for need in docs.NEEDS:
         if importlib.util.find_spec(need) is None: pytest.skip(f"{need} is not installed: pip install -e '.[docs]'")
     out = tmp_path_factory.mktemp("docs")
-    done = subprocess.run([sys.executable, ROOT / "tools/docs.py", "--out", out], capture_output=True, text=True, timeout=800)
+    command = [sys.executable, ROOT / "tools/docs.py", "--out", out]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     return out / "html"
 
@@ -27,9 +33,11 @@ def site(tmp_path_factory):
 def reader(page, site):
     "A page that fails the test when it asks for anything outside the site, or for what is not there"
     asked = []
-    page.on("request", lambda r: asked.append(r.url) if not re.match(r"file:|data:|blob:", r.url) else None)
-    page.on("requestfailed", lambda r: asked.append(f"{r.url} {r.failure}"))
-    page.look = lambda name: page.goto((site / name).as_uri(), wait_until="load")
+    def request(r): asked.extend([] if re.match("file:|data:|blob:", r.url) else [r.url])
+    def failed(r): asked.extend([] if "ABORTED" in r.failure else [f"{r.url} {r.failure}"])  # aborted: the page was left
+    page.on("request", request)
+    page.on("requestfailed", failed)
+    page.look = lambda name: page.goto(f"{site.as_uri()}/{name}", wait_until="load")
     yield page
     assert not asked, asked
 
@@ -43,7 +51,9 @@ def pictures(page):
     "Whether every picture of the article was drawn, and how many there are"
     page.evaluate("document.querySelectorAll('article img').forEach(i => i.loading = 'eager')")
     page.wait_for_function("[...document.querySelectorAll('article img')].every(i => i.complete)")
-    return page.evaluate("(all => [all.every(i => i.naturalWidth > 0), all.length])([...document.querySelectorAll('article img')])")
+    return page.evaluate("""() => {
+        const all = [...document.querySelectorAll('article img')]
+        return [all.every(i => i.naturalWidth > 0), all.length] }""")
 
 
 def test_start_page_leads_to_a_chapter_and_its_module(reader, tmp_path):
@@ -106,10 +116,35 @@ def test_click_tool_is_live_without_a_kernel(reader, site, tmp_path):
     box = tool.locator("img.photo").bounding_box()
     tool.locator("img.photo").click(position=dict(x=box["width"] * .9, y=box["height"] * .9))
     expect(points).to_have_count(before)                          # the next click puts it here
+    assert tool.locator("ol").bounding_box()["x"] > box["x"] + box["width"]   # beside the photo, as in JupyterLab
     placed = tool.locator("circle[data-k='0']").bounding_box()
     assert placed["x"] + placed["width"] / 2 == pytest.approx(box["x"] + box["width"] * .9, abs=1)
     assert placed["y"] + placed["height"] / 2 == pytest.approx(box["y"] + box["height"] * .9, abs=1)
     reader.screenshot(path=tmp_path / "click.png")
+
+
+def test_every_widget_is_drawn(reader, site):
+    view = 'type="application/vnd.jupyter.widget-view+json"'
+    found = {p.name: p.read_text(encoding="utf-8").count(view) for p in site.glob("*.html")}
+    for name, count in found.items():
+        if not count: continue
+        reader.look(name)
+        expect(reader.locator(".widget-subarea > *")).to_have_count(count, timeout=30_000)
+    if not any(found.values()): pytest.skip("no live widgets: their scripts could not be fetched")
+
+
+def test_slider_swaps_pictures_without_a_kernel(reader, site, tmp_path):
+    if not (site / "_static/start.js").exists(): pytest.skip("the widgets' scripts could not be fetched: no network")
+    reader.look("20_super_keypoints.html")
+    handle, shown = reader.locator(".noUi-handle").first, reader.locator(".widget-image:visible, img.widget-image:visible").first
+    handle.wait_for(timeout=30_000)
+    before = shown.get_attribute("src")
+    handle.focus()
+    handle.press("ArrowRight")
+    reader.wait_for_timeout(300)
+    assert shown.get_attribute("src") != before
+    handle.scroll_into_view_if_needed()
+    reader.screenshot(path=tmp_path / "slider.png")
 
 
 @pytest.mark.parametrize("name", ["index", "12_prototypes", "30_graphs", "43a_click_widget", "api/cape.models.base"])

@@ -79,7 +79,8 @@ class Jobs:
 
     def close(self):
         self.server.stdin.close()
-        self.server.wait(10)
+        self.server.kill()
+        self.server.wait()
 
 
 def survive(jobs, job, args, folder, kills, check, compare):

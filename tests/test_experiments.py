@@ -13,12 +13,12 @@ TESTED = dict(ablate="test_experiments", cross_super_category="test_experiments"
               demo="test_demo", escape="test_escape", speed="test_speed_notebook", train="test_train")
 
 
-def execute(folder, name, small=SMALL, timeout=300, **params):
+def execute(folder, notebook, small=SMALL, timeout=300, **params):
     "One run with results in `folder`: the result, and all that was printed"
-    paths = dict(out=str(folder / "runs"), result=str(folder / f"{name}.json"))
-    done = run(FOLDER / f"{name}.ipynb", folder / f"{name}.ipynb", small | paths | params, timeout)
+    paths = dict(out=str(folder / "runs"), result=str(folder / f"{notebook}.json"))
+    done = run(FOLDER / f"{notebook}.ipynb", folder / f"{notebook}.ipynb", small | paths | params, timeout)
     said = "".join(o.get("text", "") for c in done.cells if c.cell_type == "code" for o in c.outputs)
-    return json.loads((folder / f"{name}.json").read_text()), said
+    return json.loads((folder / f"{notebook}.json").read_text()), said
 
 
 def state(folder): return {p: p.stat().st_mtime_ns for p in (folder / "runs").rglob("*") if p.is_file()}
@@ -57,9 +57,9 @@ def test_an_ablation_that_is_done_is_read(padding):
 
 
 def test_links_of_three_kinds_are_three_trainings(posezoo_mini, tmp_path):
-    result, _ = execute(tmp_path, "ablate", name="links")
-    assert len(list((tmp_path / "runs").glob("fmmp-*/last.safetensors"))) == 3
-    assert len({tuple(r["PCK@0.2"]) for r in result["rows"]}) >= 4                # the network does look at the links
+    execute(tmp_path, "ablate", name="links")
+    files = list((tmp_path / "runs").glob("fmmp-*/last.safetensors"))
+    assert len(files) == 3 == len({f.read_bytes() for f in files})                # the network does look at the links
 
 
 def test_a_table_of_a_paper_is_an_ablation(posezoo_mini, tmp_path):

@@ -160,6 +160,8 @@ def read_annotations(
     return coco
 
 # %% ../../nbs/00_annotations.ipynb #c028
+MAX_PIXELS = 89_478_485  # a larger image is refused; Pillow warns from the same number on
+
 def _are_numbers(values: object) -> bool:
     "A list of numbers that a 64-bit float can hold."
     def fits(v): return isinstance(v, float) or isinstance(v, int) and v.bit_length() < 1000
@@ -337,7 +339,6 @@ def _with_facts(categories: dict[int, Category]) -> dict[int, Category]:
     return out
 
 # %% ../../nbs/00_annotations.ipynb #c055
-MAX_PIXELS = 89_478_485  # a larger image is refused; Pillow warns from the same number on
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "TGA", "AVIF", "HEIF")
 
 def _open(path: str | Path):

@@ -2,7 +2,7 @@
 import contextlib
 import os
 import sys
-from multiprocessing import get_context
+from multiprocessing import get_context, get_start_method, set_start_method
 
 import pytest
 from conftest import ROOT
@@ -11,8 +11,9 @@ CHAPTERS = sorted(p.name for p in (ROOT / "nbs").glob("*.ipynb") if p.name[0] no
 LARGE = ["torch", "torchvision", "matplotlib.pyplot", "nbdev.test"]  # not cape: a chapter may define what it exports anew
 
 
-def run_chapter(chapter, said):
+def run_chapter(chapter, said, method):
     "In the child: run it as `nbdev-test` does, with all that it says in the file `said`; exit 1 if it fails"
+    set_start_method(method, force=True)                           # of its own workers, as if the server were not there
     with open(said, "w", buffering=1) as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         sys.__stdout__ = sys.__stderr__ = log                      # where nbdev writes the traceback of a cell
         os.chdir(ROOT)
@@ -37,7 +38,7 @@ def server():
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_chapter(chapter, server, tmp_path):
     said = tmp_path / "said.txt"
-    child = server.Process(target=run_chapter, args=(chapter, said))
+    child = server.Process(target=run_chapter, args=(chapter, said, get_start_method()))
     child.start()
     try: child.join()
     finally: child.kill()

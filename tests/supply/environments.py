@@ -80,5 +80,5 @@ def pythons():
 
 
 def lowest(requirements):
-    "The lower bound of each requirement as the only version allowed"
-    return [re.sub(r">=", "==", r) for r in requirements.split()]
+    "The lower bound of each requirement as the only version allowed; a condition on the Python stays"
+    return [re.sub(r">=", "==", r, count=1) for r in requirements.split()]

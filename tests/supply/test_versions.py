@@ -9,7 +9,7 @@ CHOSEN = ["contract", "crops", "episodes", "metrics", "estimator", "learner", "e
 
 
 def test_every_requirement_has_a_lower_bound():
-    for line in lowest(CFG["requirements"]): assert line.count("==") == 1 and "," not in line, line
+    for line in lowest(CFG["requirements"]): assert line.split(";")[0].count("==") == 1 and "," not in line, line
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ def pictures(page):
 
 def test_start_page_leads_to_a_chapter_and_its_module(reader, tmp_path):
     reader.look("index.html")
-    assert pictures(reader) == [True, 1]
+    assert pictures(reader) == [True, 2]
     expect(reader.locator("article h1")).to_contain_text("cape")
     expect(reader.locator("nav.bd-links")).to_contain_text("Knowledge of the base categories")
     reader.screenshot(path=tmp_path / "start.png")

@@ -17,8 +17,8 @@ from ..errors import CapeError, ConfigError, DataError
 # %% auto #0
 __all__ = ['WIDEST', 'MEAN', 'STD', 'square_matrix', 'crop_matrix', 'apply_matrix', 'invert_matrix', 'chain_matrices', 'to_unit',
            'from_unit', 'to_crop', 'to_image', 'warp', 'cut_patch', 'Crop', 'crop_image', 'normalise', 'denormalise',
-           'Augment', 'jitter_colour', 'make_heatmaps', 'InstanceTable', 'instance_table', 'Crops', 'CropSource',
-           'CropLoader', 'CropCache']
+           'Augment', 'jitter_colour', 'heatmap_weights', 'make_heatmaps', 'InstanceTable', 'instance_table', 'Crops',
+           'CropSource', 'CropLoader', 'CropCache']
 
 # %% ../../nbs/02_crops.ipynb #c005
 def square_matrix(
@@ -313,6 +313,23 @@ def jitter_colour(
     return torch.stack([one(image, *f) for image, f in zip(images, np.asarray(factors).tolist())])
 
 # %% ../../nbs/02_crops.ipynb #c043
+def heatmap_weights(
+    keypoints: torch.Tensor,  # (...,K,2) crop units
+    visible: torch.Tensor,    # (...,K) bool, or weights that count as visible above 0.5
+    size: int = 64,           # h = w of the maps
+    sigma: float = 2.0,       # of the Gaussian, in cells
+) -> torch.Tensor:            # (...,K) float32
+    "`visible`, but 0 where the Gaussian would not touch the map: the weights of `make_heatmaps`, without its maps."
+    radius, centre = int(3 * sigma), _cells(keypoints, visible, size)
+    missed = ((centre - radius >= size) | (centre + radius + 1 < 0)).any(-1)
+    return torch.where(missed, 0, visible.float())
+
+def _cells(keypoints, visible, size):
+    "The cells (...,K,2) that keypoints fall into; those not visible into the first."
+    wide = torch.float32 if keypoints.device.type == "mps" else torch.float64
+    exact = torch.where((visible > 0)[..., None], keypoints, 0).to(wide)
+    return (exact * size + 0.5).clamp(-1e6, 1e6).trunc().long()
+
 def make_heatmaps(
     keypoints: torch.Tensor,  # (...,K,2) crop units
     visible: torch.Tensor,    # (...,K) bool, or weights that count as visible above 0.5
@@ -322,11 +339,8 @@ def make_heatmaps(
     "Gaussian targets with peak 1. *Source*: `TopDownGenerateTarget` (MSRA) of both codes."
     radius, lead = int(3 * sigma), visible.shape
     bump, offset = _bump(radius, sigma, keypoints.device)
-    wide = torch.float32 if keypoints.device.type == "mps" else torch.float64
-    exact = torch.where((visible > 0)[..., None], keypoints, 0).to(wide)
-    centre = (exact.reshape(-1, 2) * size + 0.5).clamp(-1e6, 1e6).trunc().long()
-    missed = ((centre - radius >= size) | (centre + radius + 1 < 0)).any(-1)
-    weight = torch.where(missed, 0, visible.reshape(-1).float())
+    centre = _cells(keypoints, visible, size).reshape(-1, 2)
+    weight = heatmap_weights(keypoints, visible, size, sigma).reshape(-1)
     cells = centre[:, None] + offset                                       # (n,169,2)
     inside = ((cells >= 0) & (cells < size)).all(-1) & (weight > 0.5)[:, None]
     row = torch.arange(len(centre), device=centre.device)[:, None] * size

@@ -109,7 +109,7 @@ def keypoint_features(
     maps: torch.Tensor,      # (M,K,H,W) Gaussians at the keypoints, not negative
 ) -> torch.Tensor:           # (M,K,C)
     "Mean of the up-sampled features under each Gaussian; zeros under an empty one. *Source*: POMNet, eq. 1."
-    small = shrink_maps(maps / (maps.sum((-2, -1), keepdim=True) + 1e-8), features.shape[-2:])
+    small = shrink_maps(maps, features.shape[-2:]) / (maps.sum((-2, -1), keepdim=True) + 1e-8)
     return small.flatten(2) @ features.flatten(2).mT.to(small.dtype)
 
 # %% ../../nbs/16_transformers.ipynb #c034
@@ -137,12 +137,16 @@ class Attention(nn.MultiheadAttention):
         name: str = "",                    # what `see` calls them
     ) -> torch.Tensor:                     # (B,L,dim)
         "The weighted mean of the values; NaN or zeros where all keys are masked: see `usable_mask`."
-        kept = see is not None
-        if torch.is_autocast_enabled("cpu"): q, k, v = q.float(), k.float(), v.float()
-        with torch.autocast("cpu", enabled=False):
-            out, weights = super().forward(q, k, v, mask, need_weights=kept, average_attn_weights=False)
-        if kept: see[name] = weights
-        return out
+        if see is not None:
+            out, see[name] = super().forward(q, k, v, mask, average_attn_weights=False)
+            return out
+        parts = self.in_proj_weight.chunk(3) if self.in_proj_weight is not None else \
+            (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        each = (F.linear(x, w, b) for x, w, b in zip((q, k, v), parts, self.in_proj_bias.chunk(3)))
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in each)   # (B,heads,L,d)
+        seen = None if mask is None else ~mask[:, None, None]
+        out = F.scaled_dot_product_attention(q, k, v, seen, self.dropout * self.training)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
 
 # %% ../../nbs/16_transformers.ipynb #c040
 def usable_mask(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data.crops import make_heatmaps
+from ..data.crops import heatmap_weights, make_heatmaps
 from ..errors import ConfigError
 from ..layers.attention import (Attention, EncoderLayer, FeedForward, Identifier, keypoint_features,
                                    sine_grid, sine_points, usable_mask)
@@ -300,9 +300,10 @@ class CapeFormer(CapeModel):
         return Prediction(points, back(mass * ~hidden), back(steps), back(similarity),
                           {k: back(v) for k, v in (see or {}).items()})
 
-    def shape_loss(self, similarity, target, weight, maps):
+    def shape_loss(self, similarity, target, weight):
         "How far maps (P,K,h,w) are from showing the target places (P,K,2) alone."
         if self.kind == "mse":
+            maps, _ = small_targets(target, weight, similarity.shape[-2:], self.sigma)
             return visible_mean((similarity.sigmoid() - maps).square().mean((-2, -1)), weight)
         seen, size = weight > 0, similarity.shape[-1]
         target = target[seen][None] - .5 / size                         # there, cell i lies at i / size
@@ -311,12 +312,12 @@ class CapeFormer(CapeModel):
 
     def loss(self, prediction, batch):
         similarity, target = fold(prediction.similarity), fold(batch.query_keypoints)
-        maps, weight = small_targets(target, fold(batch.query_visible), similarity.shape[-2:], self.sigma)
-        seen = make_heatmaps(batch.support_keypoints, batch.support_visible, 64, self.sigma)[1].prod(1)
+        weight = heatmap_weights(target, fold(batch.query_visible), 64, self.sigma)
+        seen = heatmap_weights(batch.support_keypoints, batch.support_visible, 64, self.sigma).prod(1)
         weight = weight * seen.repeat_interleave(batch.query_visible.shape[1], 0)
         away, terms = lambda points: visible_mean((points - target).abs().sum(-1), weight), {}
         if self.heatmap_weight:
-            terms["heatmap"] = self.heatmap_weight * self.shape_loss(similarity, target, weight, maps)
+            terms["heatmap"] = self.heatmap_weight * self.shape_loss(similarity, target, weight)
         if self.proposal_weight: terms["proposal"] = self.proposal_weight * away(mean_place(similarity))
         for i, step in enumerate(fold(prediction.stages).unbind(1)[1:], 1):
             terms[f"stage{i}"] = self.refine_weight * away(step)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data.crops import make_heatmaps
+from ..data.crops import heatmap_weights, make_heatmaps
 from ..errors import ConfigError
 from ..layers.attention import DecoderLayer, EncoderLayer, keypoint_features, sine_grid, usable_mask
 from .backbones import create_backbone
@@ -233,7 +233,7 @@ class POMNet(CapeModel):
                           attention=attention)
 
     def loss(self, prediction, batch):
-        weight = make_heatmaps(batch.support_keypoints, batch.support_visible)[1]
+        weight = heatmap_weights(batch.support_keypoints, batch.support_visible)
         seen = (weight.amin(1) if self.shots_mask == "all" else weight.amax(1)) > 0
         scores, points = fold(prediction.similarity), fold(batch.query_keypoints)
         visible, size = fold(batch.query_visible & seen[:, None]), prediction.similarity.shape[-1]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data.crops import make_heatmaps
+from ..data.crops import heatmap_weights, make_heatmaps
 from ..errors import ConfigError, DataError
 from ..layers.attention import (Attention, EncoderLayer, FeedForward, Identifier, keypoint_features,
                                    sine_grid, sine_points, usable_mask)
@@ -23,7 +23,7 @@ from ..layers.structure import (GraphBlock, PoseReconstruction, SupportGraph, Su
 from .backbones import create_backbone
 from .base import CapeModel, Prediction, fold, register_model
 from .capeformer import (CapeFormer, ProposalGenerator, inverse_sigmoid, mean_place, propose,
-                                    small_targets, visible_mean)
+                                    visible_mean)
 
 # %% ../../nbs/33_sdpnet.ipynb #c005
 class DynamicConvolution(nn.Module):
@@ -415,11 +415,11 @@ class SDPNet(CapeModel):
         similarity, Q = fold(prediction.similarity), batch.query_visible.shape[1]
         flags = fold(batch.query_visible) & seen.any(1).repeat_interleave(Q, 0)
         target = torch.where(flags[..., None], fold(batch.query_keypoints), .5)
-        maps, weight = small_targets(target, flags, similarity.shape[-2:], self.sigma)
+        weight = heatmap_weights(target, flags, 64, self.sigma)
         taught = (weight.sum(-1) > 0).sum()
         share, self.watched = len(weight) / taught.clamp(min=1), {"skipped": len(weight) - taught}
         away = lambda places: share * visible_mean((places - target).abs().sum(-1), weight)
-        shape = self.shape_loss(similarity, target, weight, maps) * (share if self.kind == "mse" else 1)
+        shape = self.shape_loss(similarity, target, weight) * (share if self.kind == "mse" else 1)
         terms = {"heatmap": self.heatmap_weight * shape,
                  "proposal": self.proposal_weight * away(mean_place(similarity))}
         for i, places in enumerate(fold(prediction.stages).unbind(1)[1:], 1):

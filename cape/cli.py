@@ -148,7 +148,7 @@ def _evaluate(args) -> Answer:
     model = open_weights(args.weights, args.official, device)
     data = load_part(args.data, args.split, args.subset, args.size)
     scores = score_run(model, data, args.shots, episodes=args.episodes, queries=args.queries, seed=args.seed,
-                       protocol=args.protocol)
+                       protocol=args.protocol, resume=args.out and args.out/"finished")
     for n, reports in scores.items() if args.out else ():
         for name, report in reports.items(): report.to_json(args.out/f"{name.replace(' ', '-')}-{n}-shot.json")
     about = dict(weights=str(args.weights), model=model.name, data=data.name, data_fingerprint=data.fingerprint,
@@ -292,7 +292,8 @@ controls that never look at a query: the support's points copied, and the catego
 examples:
   cape evaluate runs/first --size mini --episodes 5                    a run's best weights, a quick look
   cape evaluate runs/mine/last.safetensors --shots 1 5 --json > scores.json
-  cape evaluate runs/mine --data data/mp100 --split 3 --out reports    keeps the reports whole
+  cape evaluate runs/mine --data data/mp100 --split 3 --out reports    keeps the reports whole; interrupted,
+                                                                       it goes on when called again
   cape evaluate capeformer-split1.pth --official capeformer --data data/mp100 --protocol official
   cape evaluate runs/mine --data my-beetles --split all                every category of one's own"""
 
@@ -415,7 +416,8 @@ def _add_evaluate(commands):
     score.add_argument("--protocol", choices=["cape", "official"], default="cape",
                        help="official: pairs and metric of the published codes (default: cape)")
     score.add_argument("--official", metavar="METHOD", help="the file was published by this method's authors")
-    score.add_argument("--out", metavar="DIR", type=Path, help="folder for the full reports (default: none is kept)")
+    score.add_argument("--out", metavar="DIR", type=Path,
+                       help="folder for the full reports and what is scored so far (default: none is kept)")
     score.add_argument("--device", metavar="NAME", help="torch device (default: a GPU if there is one)")
 
 def _add_predict(commands):
@@ -488,7 +490,7 @@ def main(
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except KeyboardInterrupt: code = 130; _say(args.command, "interrupted")
+    except KeyboardInterrupt as e: code = 130; _say(args.command, f"interrupted: {e}" if str(e) else "interrupted")
     except (CapeError, OSError) as e: code = 2; _say(args.command, f"error: {e}")
     except Exception:
         code = 70; traceback.print_exc()

@@ -189,8 +189,8 @@ def test_scores_are_the_librarys(trained, chatty, capsys, tmp_path):
     row = said["rows"][3]
     assert row["fingerprint"] == report.fingerprint and row["PCK@0.2"] == pytest.approx(list(report.interval(0.2)))
     assert said["data_fingerprint"] == data.fingerprint and "protonet" in err and said["categories"] == 20
-    assert {f.name for f in tmp_path.iterdir()} == {f"{m}-{n}-shot.json" for n in (1, 2)
-                                                    for m in ("protonet", "copy-the-support", "mean-pose")}
+    assert {f.name for f in tmp_path.iterdir()} == {"finished"} | {f"{m}-{n}-shot.json" for n in (1, 2)
+                                                                   for m in ("protonet", "copy-the-support", "mean-pose")}
     assert package.Report.from_json(tmp_path / "protonet-2-shot.json").value(0.2) == report.value(0.2)
     assert main(["evaluate", str(trained), *SCORE]) == 0
     text = capsys.readouterr().out
@@ -287,12 +287,31 @@ def test_ctrl_c_and_on(tmp_path, posezoo_mini, capsys):
     while not (tmp_path / "run/state.pt").exists() and time.time() < end: time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, "", "cape train: interrupted\n")
     before = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])["step"]
+    assert (process.returncode, out) == (130, "") and len(err.splitlines()) == 1
+    assert err.startswith(f"cape train: interrupted: {tmp_path / 'run'}: stopped at step ") and "the same call goes on" in err
+    assert int(err.split("at step ")[1].split()[0]) >= before
     assert main([*words, "0.001", "--json"]) == 0
     out, err = capsys.readouterr()
     said = json.loads(out)
     assert said["stopped"] == "time limit" and said["step"] > before - 1 > -1 and "goes on at step" in err
+
+
+def test_evaluate_goes_on_where_it_was_interrupted(trained, tmp_path, capsys, monkeypatch):
+    from cape.evaluation import _Finished
+    write, written = _Finished.write, []
+    def stops(self, category, *rest):
+        write(self, category, *rest)
+        written.append(category)
+        if len(written) == 25: raise KeyboardInterrupt                 # of 60: three tables of twenty categories
+    monkeypatch.setattr(_Finished, "write", stops)
+    words = ["evaluate", str(trained), *SCORE, "--json", "--out", str(tmp_path)]
+    assert main(words) == 130 and capsys.readouterr().err.endswith("cape evaluate: interrupted\n")
+    assert len(list((tmp_path / "finished").iterdir())) == 25 and not list(tmp_path.glob("*.json"))
+    assert main(words) == 0 and len(written) == 60
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert main([*words[:-2]]) == 0 and len(written) == 120            # nothing kept is read without --out
+    assert json.loads(capsys.readouterr().out)["rows"] == rows
 
 
 # completion

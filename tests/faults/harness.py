@@ -5,6 +5,7 @@ job costs its own work and not ten seconds of imports. Every job leads a process
 """
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import random
@@ -24,15 +25,20 @@ SEED = 20261121
 
 # ---- the record
 
+@functools.cache
+def begun():
+    "Versions and commit, asked for when the tests begin: the record of the first of them changes the tree"
+    from cape.evaluation import provenance
+    return provenance()
+
 def record(section, **values):
     "Write what a long test found into figures/results/faults.json, each section with commit, date and seed"
-    from cape.evaluation import provenance
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     with open(RESULTS, "a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)     # two tests may end at once
         file.seek(0)
         known = json.loads(file.read() or "{}")
-        known[section] = values | dict(seed=SEED, date=str(date.today()), **provenance())
+        known[section] = values | dict(seed=SEED, date=str(date.today()), **begun())
         file.truncate(0)
         file.write(json.dumps(known, indent=1, sort_keys=True) + "\n")
     print(f"{section}: {json.dumps(values)}")

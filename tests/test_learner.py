@@ -1,11 +1,12 @@
 "The learner: what is written can be trusted, whatever happens to the run."
-import json, os, resource, signal, subprocess, sys
+import json, os, resource, signal, socket, subprocess, sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from safetensors.torch import load_file
 from torch import nn
 
@@ -14,7 +15,7 @@ from cape.data.episodes import EpisodeBatch
 from cape.errors import CapeError, CheckpointError, ConfigError, DataError, StorageError, TrainingError
 from cape.learner import (PRESETS, Learner, TrainConfig, feed, load_state, lr_at, plot_log, read_log, seed_step,
                           train_config)
-from cape.models.base import CapeModel, Prediction, fold, load_model, read_card, register_model, toy_batch
+from cape.models.base import CapeModel, Prediction, create_model, fold, load_model, read_card, register_model, toy_batch
 
 QUICK = train_config("tiny", size=32, batch=4, steps=12, warmup=3, log_every=1, pck_every=4, val_every=0, save_every=5)
 
@@ -279,16 +280,15 @@ def test_worker_processes_give_the_threads_result(tmp_path):
     assert same(weights(tmp_path / "0"), weights(tmp_path / "2"))
 
 
-# ---- processes: this file is also the script they run
+# ---- killed: this file is also the script that is killed
 
-def script(folder, how="", at=0, processes=1, steps=12, dropout=0.2):
-    command = [sys.executable, *(["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29617"]
-                                 if processes > 1 else []), __file__, str(folder), how, str(at), str(steps), str(dropout)]
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(command, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path})
+def killed(folder, how, at):
+    "A run in a process of its own that kills itself: how it ended"
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run([sys.executable, __file__, str(folder), how, str(at)], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}).returncode
 
-def main(folder, how, at, steps, dropout):
+def main(folder, how, at):
     torch.set_num_threads(1)
     Breaks.how, Breaks.at = how, int(at)
     if how == "kill in save":
@@ -298,36 +298,103 @@ def main(folder, how, at, steps, dropout):
             if count[0] == int(at): os.kill(os.getpid(), signal.SIGKILL)
             return replace(a, b)
         os.replace = replace_or_die
-    config = QUICK.replace(steps=int(steps))
-    Learner(fresh(Breaks, dropout=float(dropout)), Dots(), None, config, folder).fit()
+    Learner(fresh(Breaks), Dots(), None, QUICK, folder).fit()
 
-def test_killed_twice_and_resumed_is_bit_identical(tmp_path):
-    whole = script(tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr[-2000:]
-    assert script(tmp_path / "parts", "kill", at=7).returncode == -signal.SIGKILL            # in the middle of step 7
+@pytest.fixture
+def one_thread():
+    "Sums in the order of one thread, in every process alike"
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+def test_killed_twice_and_resumed_is_bit_identical(one_thread, tmp_path, capsys):
+    Learner(fresh(), Dots(), None, QUICK, tmp_path / "whole").fit()
+    assert killed(tmp_path / "parts", "kill", at=7) == -signal.SIGKILL                      # in the middle of step 7
     assert load_state(tmp_path / "parts")["step"] == 5
-    assert script(tmp_path / "parts", "kill in save", at=1).returncode == -signal.SIGKILL    # before the state is in place
+    assert killed(tmp_path / "parts", "kill in save", at=1) == -signal.SIGKILL              # before the state is in place
     assert load_state(tmp_path / "parts")["step"] == 5
     assert any(p.name.startswith(".state.pt.") for p in (tmp_path / "parts").iterdir())
-    rest = script(tmp_path / "parts")
-    assert rest.returncode == 0 and "goes on at step 5 of 12" in rest.stdout, rest.stderr[-2000:]
+    Learner(fresh(), Dots(), None, QUICK, tmp_path / "parts").fit()
+    assert "goes on at step 5 of 12" in capsys.readouterr().out
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     a, b = (load_state(tmp_path / name)["optimizer"]["state"] for name in ("whole", "parts"))
     assert all(torch.equal(a[i][k], b[i][k]) for i in a for k in a[i])
     assert not any(p.name.startswith(".") for p in (tmp_path / "parts").iterdir())
 
-def test_two_processes_agree_with_one(tmp_path):
-    one, two = script(tmp_path / "one", dropout=0), script(tmp_path / "two", processes=2, dropout=0)
-    assert one.returncode == 0 and two.returncode == 0, two.stderr[-2000:]
-    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
-    gap = max((a[k] - b[k]).abs().max().item() for k in a)
-    moved = max((a[k] - fresh(dropout=0).state_dict()[k]).abs().max().item() for k in a)
-    print(f"largest difference {gap:.2g}, while training moved weights by {moved:.2g}")
-    assert gap < 1e-6 < 1e-3 < moved
-    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
-    assert [r["processes"] for r in results] == [1, 2] and [r["images"] for r in results] == [12 * 4 * 2] * 2
-    lines = [read_log(tmp_path / name) for name in ("one", "two")]
-    assert [l["loss"] for l in lines[0]] == pytest.approx([l["loss"] for l in lines[1]], abs=1e-5)
+
+# ---- two processes: the ways that chapter 13 shows, on photos, against one process
+
+TWO = dict(options=dict(loss="mse", frozen_bn=True, dim=32, heads=4, hidden=32, layers=1),  # every pair weighs the same in this loss
+           settings=dict(steps=12, size=32, batch=4, warmup=3, log_every=1, pck_every=4, val_every=0, val_episodes=1, val_queries=1,
+                         cache_gb=0, workers=0, device="cpu"))
+
+def words(out):
+    "What follows `cape` on the command line"
+    pairs = lambda fields: [f"{k}={json.dumps(v)}" for k, v in fields.items()]
+    return ["train", "--method", "capeformer", "--size", "mini", "--preset", "tiny", "--out", str(out),
+            "--option", *pairs(TWO["options"]), "--set", *pairs(TWO["settings"])]
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+def check_agreement(one, two):
+    "Logs alike to 1e-4, weights to 1e-5. Keys' biases are left out: no softmax sees them, and Adam makes steps of their rounding errors."
+    a, b = read_log(one), read_log(two)
+    assert len(a) == len(b) == 13                                                           # steps and a validation
+    for x, y in zip(a, b):
+        assert x.keys() == y.keys()
+        for k in x.keys() - {"seconds", "images_per_second"}: assert x[k] == pytest.approx(y[k], abs=1e-4), (k, x["step"])
+    cut = lambda folder: {k: torch.cat(t.chunk(3)[::2]) if k.endswith("in_proj_bias") else t for k, t in weights(folder).items()}
+    a, b = cut(one), cut(two)
+    assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max().item() for k in a) < 1e-5
+    told = json.loads((Path(two) / "result.json").read_text())
+    assert (told["stopped"], told["step"], told["images"]) == ("finished", 12, 12 * 4 * 2)
+
+@pytest.fixture(scope="module")
+def one_process(posezoo_mini, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one") / "run"
+    from cape.runs import train_run
+    assert train_run("capeformer", out, size="mini", preset="tiny", **TWO)["processes"] == 1
+    torch.manual_seed(0)
+    fresh = create_model("capeformer", **TWO["options"]).state_dict()
+    assert max((t - fresh[k]).abs().max().item() for k, t in weights(out).items()) > 1e-3   # so much did training move
+    return out
+
+def test_torchrun_agrees_with_one_process(one_process, tmp_path):
+    command = "torchrun --standalone --nproc_per_node 2 --local-ranks-filter 0 --no-python cape train"
+    assert command in (ROOT / "nbs" / "13_learner.ipynb").read_text()
+    program, *options = command.split()
+    options[options.index("cape"):] = [Path(sys.executable).with_name("cape"), *words(tmp_path)]
+    run = subprocess.Popen([Path(sys.executable).with_name(program), *options], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    try: said, errors = run.communicate(timeout=240)
+    finally: run.terminate()                                                                # torchrun ends its own; nothing if it has ended
+    assert run.returncode == 0, errors[-2000:]
+    assert json.loads((tmp_path / "result.json").read_text())["processes"] == 2
+    assert said.count("capeformer: 12 of 12 steps") == 1                                    # the other one is silent
+    check_agreement(one_process, tmp_path)
+
+def test_notebook_launcher_agrees_and_one_process_goes_on(one_process, tmp_path, capsys):
+    from nbclient import NotebookClient
+    from nbformat import v4
+    from run_notebook import quiet_kernel
+    call = "notebook_launcher(train, num_processes=2)"
+    assert call in (ROOT / "nbs" / "13_learner.ipynb").read_text()
+    short = {**TWO, "settings": {**TWO["settings"], "max_minutes": 1e-6}}                    # stops at step 10: two ask every tenth
+    cell = "\n".join(["from accelerate import notebook_launcher", "from cape.runs import train_run",
+                      f"def train(): train_run('capeformer', {str(tmp_path)!r}, size='mini', preset='tiny', **{short!r})",
+                      call.replace(")", f", use_port='{free_port()}')")])
+    notebook = v4.new_notebook(cells=[v4.new_code_cell(cell)])
+    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(ROOT)}}, kernel_manager_class=quiet_kernel()).execute()
+    told = json.loads((tmp_path / "result.json").read_text())
+    assert (told["processes"], told["stopped"], told["step"]) == (2, "time limit", 10)
+    from cape.runs import train_run
+    train_run("capeformer", tmp_path, size="mini", preset="tiny", **TWO)
+    assert "goes on at step 10 of 12" in capsys.readouterr().out
+    check_agreement(one_process, tmp_path)
 
 
 if __name__ == "__main__": main(*sys.argv[1:])

@@ -3,7 +3,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_cells
 from run_notebook import UnknownParameter, run
 
 from cape.data.annotations import mp100_facts
@@ -17,11 +17,13 @@ SMALL = dict(ids=IDS, steps=3, episodes=3, queries=2, train=dict(size=32, batch=
 NOVEL = {c: mp100_facts()["categories"][c] for c in mp100_facts()["splits"][1]["test"]}
 
 
-def run_claims(folder, name, **more):
-    "One run whose results are in `folder`: the result, and all that was printed"
+def run_claims(folder, name, kernel=False, **more):
+    "One run whose results are in `folder`, by a kernel or in this process: the result, and all that was printed"
     paths = dict(out=str(folder / "runs"), result=str(folder / f"{name}.json"), figure=str(folder / f"{name}.svg"))
-    done = run(NOTEBOOK, folder / f"{name}.ipynb", SMALL | paths | more, 300)
-    said = "".join(o.get("text", "") for c in done.cells if c.cell_type == "code" for o in c.outputs)
+    if kernel:
+        done = run(NOTEBOOK, folder / f"{name}.ipynb", SMALL | paths | more, 300)
+        said = "".join(o.get("text", "") for c in done.cells if c.cell_type == "code" for o in c.outputs)
+    else: said = run_cells(NOTEBOOK, **SMALL | paths | more)
     return json.loads((folder / f"{name}.json").read_text()), said
 
 
@@ -33,7 +35,7 @@ def state(folder):
 @pytest.fixture(scope="module")
 def first(posezoo_mini, tmp_path_factory):
     folder = tmp_path_factory.mktemp("claims")
-    return folder, *run_claims(folder, "first")
+    return folder, *run_claims(folder, "first", kernel=True)
 
 
 def test_a_verdict_a_claim_with_interval_and_origin(first):
@@ -96,7 +98,7 @@ def test_equal_minutes_by_a_rate_that_is_kept(posezoo_mini, tmp_path):
     (dict(ids=[]), "nothing to test"),
     (dict(train={"steps": 5}), "train: steps is set by other parameters")])
 def test_what_cannot_be_tested_is_an_error_before_any_training(tmp_path, more, said):
-    with pytest.raises(Exception, match=said): run_claims(tmp_path, "wrong", **more)
+    with pytest.raises(ConfigError, match=said): run_claims(tmp_path, "wrong", **more)
     assert not (tmp_path / "runs").exists()
 
 

@@ -2,7 +2,7 @@
 import json
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_cells
 from run_notebook import run
 
 DEMO = ROOT/"nbs"/"experiments"/"demo.ipynb"
@@ -28,5 +28,5 @@ def test_it_leaves_pictures_and_numbers(demo):
 
 def test_a_second_run_trains_nothing_again(demo):
     log = (demo/"run"/"log.jsonl").read_text()
-    run(DEMO, demo/"again.ipynb", SMALL | dict(episodes=1, queries=1, out=str(demo/"run"), figures=str(demo)))
+    run_cells(DEMO, **SMALL, episodes=1, queries=1, out=str(demo/"run"), figures=str(demo))
     assert (demo/"run"/"log.jsonl").read_text() == log

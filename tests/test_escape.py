@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import run_cells
 
 from cape.data.crops import CropLoader
 from cape.errors import CheckpointError, ConfigError, DataError, TrainingError
@@ -622,8 +623,6 @@ def test_the_experiment_pools_seeds_and_does_nothing_twice(posezoo_mini, tmp_pat
     assert {p: p.stat().st_mtime_ns for p in there} == there and second["rows"] == first["rows"] and second["matching"] == first["matching"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("change,words", [(dict(steps=dict(baseline=2)), "steps must name baseline, tied, matching; got baseline"), (dict(seeds=[]), "seeds: give at least one")])
 def test_the_experiment_with_wrong_parameters(tmp_path, change, words):
-    from run_notebook import run
-    with pytest.raises(Exception, match=words): run(NOTEBOOK, tmp_path / "escape.ipynb", dict(change, out=str(tmp_path)), 100)
+    with pytest.raises(ConfigError, match=words): run_cells(NOTEBOOK, **change, out=str(tmp_path))

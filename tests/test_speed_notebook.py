@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 from run_notebook import run
 
-SMALLEST = dict(ways=["escape"], supers=20, methods=["protonet"], method_size=32, method_batches=[1, 2], method_step=2, keypoints=5, cases=[[0, 2], [4, 2]], uncached_episodes=1, categories=1, images=8, crop_sizes=[32], size=32, preset="tiny",
+SMALLEST = dict(ways=["escape"], supers=20, methods=["protonet"], bf16_methods=["protonet"], method_size=32, method_batches=[1, 2], method_step=2, keypoints=5, cases=[[0, 2], [4, 2]], uncached_episodes=1, categories=1, images=8, crop_sizes=[32], size=32, preset="tiny",
                 steps=1, repeats=2, seconds=0.01, threads=1)
 
 
@@ -22,9 +22,12 @@ def speed(posezoo_mini, tmp_path_factory):
 
 def test_result_says_what_was_run_and_where(speed):
     result, _, _ = speed
-    assert set(result) == {"experiment", "parameters", "provenance", "rates", "ratios", "equal_answers", "median_move", "memory", "samples"}
+    assert set(result) == {"experiment", "parameters", "provenance", "rates", "ratios", "equal_answers", "median_move", "bf16_move_px", "memory", "samples"}
     assert {k: result["parameters"][k] for k in SMALLEST} == SMALLEST
-    assert {"protonet, batch 1", "protonet, batch 2", "protonet, training step of 2"} <= set(result["rates"])
+    works = {"protonet, batch 1", "protonet, batch 2", "protonet, training step of 2"}
+    assert works | {f"{w}, bfloat16" for w in works} <= set(result["rates"])
+    assert {f"{w}: bfloat16 over float32" for w in works} <= set(result["ratios"])
+    assert 0 < result["bf16_move_px"]["protonet"]["median"] <= result["bf16_move_px"]["protonet"]["largest"] < 32 * 2 ** .5
     assert {"commit", "device", "torch", "numpy", "python", "cape", "cores", "threads", "seed", "minutes"} <= \
         set(result["provenance"])
     assert result["provenance"]["threads"] == 1 and result["provenance"]["minutes"] > 0

@@ -2,22 +2,27 @@
 import json
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_cells
 from run_notebook import run
+
+from cape.errors import ConfigError
 
 NOTEBOOK = ROOT / "nbs" / "experiments" / "train.ipynb"
 SMALL = dict(steps=2, episodes=2, queries=2, shots=[1], train=dict(size=32, batch=4, val_every=0))
 
 
-def train(folder, **more):
-    "One run below `folder`: the result and all that was printed"
-    done = run(NOTEBOOK, folder / "ran.ipynb", SMALL | dict(out=str(folder / "runs"), result=str(folder / "result.json")) | more, 300)
-    said = "".join(o.get("text", "") for c in done.cells if c.cell_type == "code" for o in c.outputs)
+def train(folder, kernel=False, **more):
+    "One run below `folder`, by a kernel or in this process: the result and all that was printed"
+    params = SMALL | dict(out=str(folder / "runs"), result=str(folder / "result.json")) | more
+    if kernel:
+        done = run(NOTEBOOK, folder / "ran.ipynb", params, 300)
+        said = "".join(o.get("text", "") for c in done.cells if c.cell_type == "code" for o in c.outputs)
+    else: said = run_cells(NOTEBOOK, **params)
     return json.loads((folder / "result.json").read_text()), said
 
 
 def test_a_run_and_the_same_again(posezoo_mini, tmp_path):
-    first, said = train(tmp_path, method="protonet")
+    first, said = train(tmp_path, kernel=True, method="protonet")
     assert {r["method"] for r in first["rows"]} == {"protonet", "copy the support", "mean pose"}
     assert first["training"]["step"] == 2 and first["training"]["stopped"] == "finished" and "novel categories of split 1" in said
     assert {"commit", "device", "machine", "torch", "train", "test", "minutes"} <= set(first["provenance"])
@@ -39,5 +44,5 @@ def test_identifier_and_padding_reach_the_model(posezoo_mini, tmp_path):
     (dict(method="prototype", padding="mixup"), "nothing to pad"), (dict(preset="large"), "no preset 'large'"),
     (dict(method="protonet", model=dict(widths=3)), "widths")])
 def test_what_is_refused(posezoo_mini, tmp_path, parameters, message):
-    with pytest.raises(Exception, match=message): train(tmp_path, **parameters)
+    with pytest.raises(ConfigError, match=message): train(tmp_path, **parameters)
     assert not (tmp_path / "runs").exists()

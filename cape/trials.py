@@ -140,19 +140,42 @@ Trials.start = _start
 
 # %% ../nbs/48_trials.ipynb #c012
 _STAGES = ("baseline", "tied", "matching")
+_SHARES = dict(baseline=.3, tied=.5, matching=.2)  # of the minutes
+
+def _shares(variant: dict) -> dict:  # stage -> share of the minutes
+    "The stages of a variant of ESCAPE."
+    own = {s: w for s, w in _SHARES.items() if s != "tied" or variant.get("model", {}).get("tied", True)}
+    return {s: w / sum(own.values()) for s, w in own.items()}
 
 def _key(self, variant: dict, split, config) -> str:
     "The key of all that a training is made from."
+    staged = dict(minutes=[self.minutes, _shares(variant)]) if self.minutes and variant["method"] == "escape" else {}
     return stage_key(method=variant["method"], model=variant.get("model", {}), config=config, untrained=variant.get("untrained", False),
-                     data=self.training_data(variant, split).fingerprint, start=self.start(split)[1])
+                     data=self.training_data(variant, split).fingerprint, start=self.start(split)[1], **staged)
+
+def _baseline(self, variant: dict, split, seed: int) -> tuple:  # folder, what result.json says
+    "ESCAPE's first stage where minutes are shared: an ordinary training of the prototype baseline."
+    first = _first(variant)
+    config = self.config(first, seed, self.stages(variant, split, ("baseline",))["baseline"])
+    place = self.out/f"prototype-{self.key(first, split, config)}"
+    return place, self.run(first, split, config, place)
+
+def _first(variant): return {"method": "prototype", **{k: variant[k] for k in ("train", "links") if k in variant}}
 
 def _fit_stages(self, variant: dict, split, config, place) -> dict:
     "ESCAPE's stages; what their stories say together."
-    weights, count = self.start(split)[0], config.steps // 3
-    extractor = dict(name="prototype", backbone=config.backbone, **({"weights": weights} if weights else {}))
-    share = {s: dict(steps=max(1, count if s != "matching" else config.steps - 2 * count), epochs=0.0) for s in _STAGES}
-    made = fit_escape(self.training_data(variant, split), config, place, extractor, changes=share, **variant.get("model", {}))
-    told = [json.loads((Path(made.folders[s])/"result.json").read_text()) for s in _STAGES]
+    weights, _, _ = self.start(split)
+    if self.minutes:
+        counts, (folder, told) = self.stages(variant, split), self.baseline(variant, split, config.seed)
+        extractor, told = load_model(folder/"last.safetensors"), [told]
+    else:
+        names, told = list(_shares(variant)), []
+        count = config.steps // len(names)
+        counts = {s: max(1, count if s != "matching" else config.steps - count * (len(names) - 1)) for s in names}
+        extractor = dict(name="prototype", backbone=config.backbone, **({"weights": weights} if weights else {}))
+    changes = {s: dict(steps=n, epochs=0.0) for s, n in counts.items()}
+    made = fit_escape(self.training_data(variant, split), config, place, extractor, changes=changes, **variant.get("model", {}))
+    told += [json.loads((Path(made.folders[s])/"result.json").read_text()) for s in _STAGES if s in made.folders]
     save_model(made.model, place/"last.safetensors", **{**getattr(made.model, "meta", {}), "size": config.size})
     return dict(told[-1], step=sum(t["step"] for t in told), seconds=sum(t["seconds"] for t in told), stopped="finished",
                 parameters=sum(p.numel() for p in made.model.parameters()), model_config=made.model.config)
@@ -173,27 +196,53 @@ def _run(self, variant: dict, split, config, place) -> dict:
     write_atomic(done, json.dumps(told, indent=1).encode())
     return told
 
-Trials.key, Trials.fit_stages, Trials.run = _key, _fit_stages, _run
+Trials.key, Trials.baseline, Trials.fit_stages, Trials.run = _key, _baseline, _fit_stages, _run
 
-# %% ../nbs/48_trials.ipynb #c014
+# %% ../nbs/48_trials.ipynb #c015
 def _rate(self, variant: dict, split) -> float:
-    "Steps a second of a variant: measured once, then read."
+    "Steps a second of a variant: measured once, then read. Of ESCAPE: the mean over the time of its stages."
+    if variant["method"] == "escape":
+        first, last = self.rate(_first(variant), split), self.kept_rate(variant, split)
+        return sum(w * (last if s == "matching" else first) for s, w in _shares(variant).items())
+    return self.kept_rate(variant, split)
+
+def _kept_rate(self, variant: dict, split) -> float:
+    "The measured rate, of ESCAPE that of the matching network, from its file or measured now."
     config = self.config(variant, self.seed, self.warm).replace(log_every=max(1, self.warm // 3), pck_every=0, save_every=0)
     place = self.out/"rates"/f"{variant['method']}-{self.key(variant, split, config)}.json"
     if place.exists(): return json.loads(place.read_text())["rate"]
+    ready = self.baseline(variant, split, self.seed)[0] if variant["method"] == "escape" else None
     print(f"{variant['method']}: measuring its rate", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        told = self.run(variant, split, config, Path(folder)/"rate")
-        if variant["method"] == "escape": rate = told["step"] / told["seconds"]
-        else:
-            first, *_, last = read_log(Path(folder)/"rate")
-            rate = (last["step"] - first["step"]) / (last["seconds"] - first["seconds"])
+        run = Path(folder)/"rate"
+        if ready: run = self.matching_steps(variant, split, config, load_model(ready/"last.safetensors"), run)
+        else: self.run(variant, split, config, run)
+        first, *_, last = read_log(run)
+        rate = (last["step"] - first["step"]) / (last["seconds"] - first["seconds"])
     write_atomic(place, json.dumps(dict(rate=rate, variant=variant)).encode())
     return rate
 
+def _matching_steps(self, variant: dict, split, config, extractor, folder) -> Path:
+    "The folder of a few steps of the matching network, with the super-keypoints of `extractor`."
+    made = fit_escape(self.training_data(variant, split), config, folder, extractor, changes={"tied": {"steps": 1}},
+                      **variant.get("model", {}))
+    return Path(made.folders["matching"])
+
+def _stages(
+    self,
+    variant: dict,
+    split,
+    of: tuple = _STAGES,  # for these; the matching network's rate needs a baseline that is trained
+) -> dict:                # stage -> steps
+    "What ESCAPE's stages get where minutes are shared: rate x share x minutes."
+    rate = lambda s: self.kept_rate(variant, split) if s == "matching" else self.rate(_first(variant), split)
+    return {s: max(1, round(60 * self.minutes * w * rate(s))) for s, w in _shares(variant).items() if s in of}
+
 def _count(self, variant: dict, split) -> int:
     "Training steps of a variant; 0: as many as the preset has."
-    return max(1, round(60 * self.minutes * self.rate(variant, split))) if self.minutes else self.steps
+    if not self.minutes: return self.steps
+    if variant["method"] == "escape": return sum(self.stages(variant, split).values())
+    return max(1, round(60 * self.minutes * self.rate(variant, split)))
 
 def _kept(variant: dict) -> dict: return {k: v for k, v in variant.items() if k != "test"}  # what is set later changes no weight
 
@@ -209,9 +258,10 @@ def _trained(
     place = self.out/f"{kept['method']}-{self.key(kept, split, config)}"
     return place, self.run(kept, split, config, place)
 
-Trials.rate, Trials.count, Trials.train = _rate, _count, _trained
+Trials.rate, Trials.kept_rate, Trials.matching_steps, Trials.stages = _rate, _kept_rate, _matching_steps, _stages
+Trials.count, Trials.train = _count, _trained
 
-# %% ../nbs/48_trials.ipynb #c017
+# %% ../nbs/48_trials.ipynb #c018
 def _model(self, variant: dict, split=1, seed: int = 0):
     "The trained network of a variant, with its `test` options and its links."
     if variant["method"] in CONTROLS:
@@ -265,7 +315,7 @@ def _report(
 
 Trials.model, Trials.crops, Trials.pairs, Trials.report = _model, _crops, _pairs, _report
 
-# %% ../nbs/48_trials.ipynb #c019
+# %% ../nbs/48_trials.ipynb #c020
 def _pool(
     self,
     variant: dict,

@@ -108,6 +108,34 @@ def test_equal_minutes_by_a_rate_that_is_kept(posezoo_mini, tmp_path):
     assert len(row["seeds"]) == 2 and row["PCK@0.2"][0] == pytest.approx(sum(row["seeds"]) / 2) and row["pairs"] == 120
 
 
+def test_the_stages_of_escape_share_the_minutes(posezoo_mini, tmp_path):
+    more = dict(methods=["protonet", "escape"], shots=[1], warm=3, minutes=.02,
+                overrides={"protonet": {"train": TRAIN}, "escape": {"train": TRAIN, "model": {"network": dict(layers=1, dim=16, hidden=16)}}})
+    result, said = compare(tmp_path, "staged", **more)
+    runs = tmp_path / "runs"
+    rates = {n: json.loads(next((runs / "rates").glob(f"{n}-*.json")).read_text())["rate"] for n in ("prototype", "escape")}
+    baseline, = runs.glob("prototype-*/result.json")
+    place, = runs.glob("escape-*/last.safetensors")
+    steps = {"baseline": json.loads(baseline.read_text())["step"]}
+    for stage in ("tied", "matching"): steps[stage] = json.loads(next(place.parent.glob(f"{stage}-*/result.json")).read_text())["step"]
+    for stage, share in dict(baseline=.3, tied=.5, matching=.2).items():
+        assert steps[stage] == max(1, round(60 * .02 * share * rates["escape" if stage == "matching" else "prototype"]))
+    assert result["methods"]["escape"]["steps"] == sum(steps.values()) and steps["tied"] > steps["baseline"] > 1
+    assert not list(place.parent.glob("baseline-*")) and said.count("escape: measuring its rate") == 1
+    before = state(tmp_path)
+    again, told = compare(tmp_path, "again", **more)
+    assert state(tmp_path) == before and again["rows"] == result["rows"] and "measuring" not in told
+
+
+def test_the_stages_of_escape_share_steps_where_there_are_no_minutes(posezoo_mini, tmp_path):
+    trials = Trials(tmp_path, steps=5, train=TRAIN)
+    for model, parts in (({}, dict(baseline=1, tied=1, matching=3)), ({"tied": False}, dict(baseline=2, matching=3))):
+        variant = {"method": "escape", "model": {"network": dict(layers=1, dim=16, hidden=16), **model}}
+        place, told = trials.train(variant)
+        made = {p.parent.name.split("-")[0]: json.loads(p.read_text())["step"] for p in place.glob("*/result.json")}
+        assert made == parts and told["step"] == 5
+
+
 def test_an_unknown_method_is_an_error_before_any_training(tmp_path):
     with pytest.raises(Exception, match="no model is called 'protonett'; did you mean 'protonet'"):
         compare(tmp_path, "wrong", methods=["protonet", "protonett"], overrides={})

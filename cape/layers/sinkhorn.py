@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from ..errors import ConfigError, DataError
-from .attention import sine_points
+from .attention import attend, sine_points
 
 # %% ../../nbs/21_sinkhorn.ipynb #c005
 def _full(t):
@@ -62,6 +62,37 @@ def simple_matching(
     return hungarian(2 * features @ means.mT - lengths, visible)
 
 # %% ../../nbs/21_sinkhorn.ipynb #c014
+def _rounds(table, wanted, rows, iterations, past):
+    "What is added to the rows (B,K+1) and columns (B,L) in the end; `past` takes three vectors a round."
+    v = torch.zeros_like(table[:, 0])
+    for _ in range(iterations):
+        sums = torch.logsumexp(table + v[:, None], -1)
+        past += [v, sums, u := torch.where(rows, wanted - sums, -torch.inf)]
+        v = -torch.logsumexp(table + u[..., None], 1)
+    return u, v
+
+class _Rounds(torch.autograd.Function):
+    "The same with a gradient for `table`."
+    @staticmethod
+    def forward(ctx, table, wanted, rows, iterations):
+        u, v = _rounds(table, wanted, rows, iterations, past := [])
+        ctx.save_for_backward(table, rows, v, *past)
+        return u, v
+
+    @staticmethod
+    def backward(ctx, to_u, to_v):
+        table, rows, v, *past = ctx.saved_tensors
+        out, share = torch.zeros_like(table), torch.empty_like(table)
+        for before, sums, u in zip(past[-3::-3], past[-2::-3], past[-1::-3]):
+            torch.add(table, u[..., None], out=share).add_(v[:, None]).exp_()            # columns sum to 1
+            out.addcmul_(share, to_v[:, None], value=-1)
+            to_u = torch.where(rows, to_u - (share @ to_v[..., None])[..., 0], 0.)
+            torch.sub(table, sums[..., None], out=share).add_(before[:, None]).exp_()    # rows sum to 1
+            out.addcmul_(share, to_u[..., None], value=-1)
+            to_u, to_v, v = 0., -(to_u[:, None] @ share)[:, 0], before
+        return out, None, None, None
+
+# %% ../../nbs/21_sinkhorn.ipynb #c016
 def sinkhorn(
     scores: torch.Tensor,    # (B,K,L) any finite numbers, higher is better
     visible: torch.Tensor,   # (B,K) bool
@@ -81,13 +112,11 @@ def sinkhorn(
     rows = torch.cat([visible, visible.new_ones(len(visible), 1)], -1)
     wanted = torch.cat([torch.zeros_like(scores[..., 0]), rest.to(scores).log()], -1)
     table = torch.cat([scores, torch.ones_like(scores[:, :1]) * dustbin], 1) / epsilon
-    v = torch.zeros_like(table[:, 0])
-    for _ in range(iterations):
-        u = torch.where(rows, wanted - torch.logsumexp(table + v[:, None], -1), -torch.inf)
-        v = -torch.logsumexp(table + u[..., None], 1)
+    learn = table.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    u, v = _Rounds.apply(table, wanted, rows, iterations) if learn else _rounds(table, wanted, rows, iterations, [])
     return table + u[..., None] + v[:, None]
 
-# %% ../../nbs/21_sinkhorn.ipynb #c026
+# %% ../../nbs/21_sinkhorn.ipynb #c028
 def index_codes(
     number: torch.Tensor,  # (...) whole numbers from 0
     dim: int = 256,        # channels, even
@@ -106,7 +135,7 @@ def raster_cells(
     cell = (points * size + 0.5).floor().clamp(0, size - 1).long()
     return cell[..., 1] * size + cell[..., 0]
 
-# %% ../../nbs/21_sinkhorn.ipynb #c032
+# %% ../../nbs/21_sinkhorn.ipynb #c034
 class WideAttention(nn.Module):
     "LayerNorm, then attention of any width without biases. *Source*: ESCAPE's `modules.py`."
     def __init__(
@@ -139,14 +168,13 @@ class WideAttention(nn.Module):
         if see is not None:
             logits = q @ k.mT * q.shape[-1] ** -.5
             see[name] = (logits if bias is None else logits + bias).softmax(-1)
-        out = F.scaled_dot_product_attention(q, k, v, bias)
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        return self.to_out(attend(q, k, v, bias).transpose(1, 2).flatten(2))
 
 def _forward_part(dim, hidden):
     "Two linear layers after a LayerNorm, with GELU."
     return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
-# %% ../../nbs/21_sinkhorn.ipynb #c034
+# %% ../../nbs/21_sinkhorn.ipynb #c036
 class MatchingLayer(nn.Module):
     "Self-attention and feed-forward on both sides, cross-attention both ways, and a step of length 1."
     def __init__(
@@ -179,7 +207,7 @@ class MatchingLayer(nn.Module):
                 y + self.cross_y(y, x, bias, see, f"{name}.cross_y"))
         return x + F.normalize(self.last_x(x), dim=-1), y + F.normalize(self.last_y(y), dim=-1)
 
-# %% ../../nbs/21_sinkhorn.ipynb #c039
+# %% ../../nbs/21_sinkhorn.ipynb #c041
 def limit_norm(
     tokens: torch.Tensor,  # (B,L,C)
     most: float = 100.0,
@@ -188,7 +216,7 @@ def limit_norm(
     longest = tokens.detach().norm(dim=-1).amax(-1)[:, None, None]
     return tokens * (longest.clamp(max=most) / longest.clamp(min=1e-12))
 
-# %% ../../nbs/21_sinkhorn.ipynb #c042
+# %% ../../nbs/21_sinkhorn.ipynb #c044
 class MatchingNetwork(nn.Module):
     """Scores between the keypoints of an image and the super-keypoints.
 
@@ -251,7 +279,7 @@ class MatchingNetwork(nn.Module):
             scores = _full(x[:, :-1]) @ limit_norm(_full(y)).mT / math.sqrt(self.dim)
         return torch.where(visible[..., None], scores, 0.)
 
-# %% ../../nbs/21_sinkhorn.ipynb #c046
+# %% ../../nbs/21_sinkhorn.ipynb #c048
 def mean_scores(
     scores: torch.Tensor,   # (B,N,K,L) of each support image
     visible: torch.Tensor,  # (B,N,K) bool
@@ -260,7 +288,7 @@ def mean_scores(
     weight = visible[..., None].to(scores.dtype)
     return (scores * weight).sum(1) / weight.sum(1).clamp(min=1), visible.bool().any(1)
 
-# %% ../../nbs/21_sinkhorn.ipynb #c049
+# %% ../../nbs/21_sinkhorn.ipynb #c051
 def _owned(log_shares, target, visible):
     "Safe indices (B,K) of the super-keypoints that visible keypoints own. *Raises* `DataError`."
     number = log_shares.shape[-1]
@@ -295,7 +323,7 @@ def matching_accuracy(
     hit = (scores.argmax(-1) == target) & visible.bool()
     return (hit.sum(-1) / visible.sum(-1).clamp(min=1)).float().mean()
 
-# %% ../../nbs/21_sinkhorn.ipynb #c053
+# %% ../../nbs/21_sinkhorn.ipynb #c055
 _part_names = dict(enumerate("self_x ff_x self_y ff_y cross_x last_x cross_y last_y".split()))
 _head = r"keypoint_head\."
 _net = _head + r"matching_network\."

@@ -172,8 +172,9 @@ def _forward(
     if see is not None: see[f"{name}.points"], see[f"{name}.weights"] = points, weights
     spread = lambda t: t.permute(0, 2, 3, 1, *range(4, t.ndim)).flatten(1, 2)        # (B,M*H,K,P,...)
     at, weight = spread(points), spread(weights)
-    most = 2 * self.shape[3] * self.dim // self.shape[1] if query.device.type == "cpu" else 0
-    small = sum(v.shape[-2] * v.shape[-1] <= most for v in values)
+    cheap = query.device.type == "cpu" and not torch.jit.is_tracing()       # a traced graph holds for all sizes
+    most = 2 * self.shape[3] * self.dim // self.shape[1]
+    small = sum(v.shape[-2] * v.shape[-1] <= most for v in values) if cheap else 0
     out = read_cells(values[:small], at[..., :small, :, :], weight[..., :small, :]) if small else 0
     for level, value in enumerate(values[small:], small):
         found = sample_maps(value, at[..., level, :, :].flatten(2, 3)).mT.unflatten(-1, at.shape[2:5:2])  # (B,M*H,D,K,P)

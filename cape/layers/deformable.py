@@ -172,7 +172,7 @@ def _forward(
     if see is not None: see[f"{name}.points"], see[f"{name}.weights"] = points, weights
     spread = lambda t: t.permute(0, 2, 3, 1, *range(4, t.ndim)).flatten(1, 2)        # (B,M*H,K,P,...)
     at, weight = spread(points), spread(weights)
-    cheap = query.device.type == "cpu" and not torch.jit.is_tracing()       # a traced graph holds for all sizes
+    cheap = query.device.type == "cpu" and torch.is_grad_enabled() and not torch.jit.is_tracing()   # it is the way back that is slow
     most = 2 * self.shape[3] * self.dim // self.shape[1]
     small = sum(v.shape[-2] * v.shape[-1] <= most for v in values) if cheap else 0
     out = read_cells(values[:small], at[..., :small, :, :], weight[..., :small, :]) if small else 0

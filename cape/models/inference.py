@@ -78,13 +78,20 @@ def _gap(a, b):
     "Largest difference of two dicts of features, in units of the largest value."
     return max(((a[k] - b[k]).abs().max() / a[k].abs().max().clamp(min=1e-12)).item() for k in a)
 
+def _autocast(step, device):
+    "`step` with its products in bfloat16, as bfloat16 training has them."
+    def run(*args, **given):
+        with torch.autocast(device.type, torch.bfloat16): return step(*args, **given)
+    return run
+
 @torch.no_grad()
 def quick(
-    model,               # a `CapeModel`; stays as it is
-    bf16: bool = False,  # convolutions in bfloat16; fast where the processor multiplies it (AMX) and on GPUs
-    size: int = 64,      # crop side of the images it is tried on, px
-):                       # a copy in eval mode, for answering
+    model,           # a `CapeModel`; stays as it is
+    bf16=False,      # True: convolutions in bfloat16, fast where the processor multiplies it (AMX) and on GPUs; "all": `adapt` and `locate` too
+    size: int = 64,  # crop side of the images it is tried on, px
+):                   # a copy in eval mode, for answering
     "BatchNorm folded, channels last. *Raises* `ConfigError` where features are not the same afterwards."
+    if bf16 not in (False, True, "all"): raise ConfigError(f"quick: bf16 must be False, True or 'all', got {bf16!r}")
     made = copy.deepcopy(model).eval()
     parts = [made.get_submodule(n) for n in convolutional_parts(made, size)]
     device = next((p.device for p in made.parameters()), torch.device("cpu"))
@@ -99,4 +106,5 @@ def quick(
         if bf16: part.to(torch.bfloat16)
         part.register_forward_pre_hook(_enter)
         part.register_forward_hook(_leave)
+    for step in ("adapt", "locate") if bf16 == "all" else (): setattr(made, step, _autocast(getattr(made, step), device))
     return made

@@ -158,10 +158,10 @@ class TrainingStep(nn.Module):
     def __init__(
         self,
         model: nn.Module,   # has `training_step(batch)`: a dict of named loss terms, their sum is the loss
-        bf16: bool = False, # matrix products and convolutions in bfloat16
+        bf16: bool = False, # matrix products and convolutions in bfloat16, whose kernels want channels last
     ):
         super().__init__()
-        self.model, self.bf16 = model, bf16
+        self.model, self.bf16 = model.to(memory_format=torch.channels_last) if bf16 else model, bf16
     def forward(self, batch) -> dict:
         with torch.autocast(batch.query_images.device.type, torch.bfloat16, enabled=self.bf16):
             terms = self.model.training_step(batch)

@@ -106,5 +106,7 @@ def quick(
         if bf16: part.to(torch.bfloat16)
         part.register_forward_pre_hook(_enter)
         part.register_forward_hook(_leave)
+    for m in made.modules() if bf16 == "all" else ():                  # autocast would round them at every call
+        if isinstance(m, nn.Linear | nn.MultiheadAttention): m.to(torch.bfloat16)
     for step in ("adapt", "locate") if bf16 == "all" else (): setattr(made, step, _autocast(getattr(made, step), device))
     return made

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data.crops import make_heatmaps
+from ..data.crops import heatmap_weights, make_heatmaps
 from ..data.padding import count_keypoints, pad
 from ..errors import ConfigError, DataError
 from ..layers.attention import (Attention, FeedForward, Identifier, keypoint_features, sine_points,
@@ -297,8 +297,7 @@ def on_crop(
     visible: torch.Tensor,  # (...,K) bool
 ) -> torch.Tensor:          # (...,K) bool
     "Visible, and so near to the crop that its Gaussian touches it: the weights of `make_heatmaps`."
-    cell = (torch.where(visible[..., None], points, 0).double() * 64 + .5).clamp(-1e6, 1e6).trunc()
-    return visible & ((cell < 64 + 6) & (cell >= -7)).all(-1)
+    return heatmap_weights(points, visible) > 0
 
 # %% ../../nbs/35_fmmp.ipynb #c032
 _choices = {"form": ("official", "paper"), "mining": ("recurrent", "sequential", "query"),

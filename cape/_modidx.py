@@ -1601,6 +1601,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'cape.models.inference._gap': ('inference.html#_gap', 'cape/models/inference.py'),
                                        'cape.models.inference._leave': ('inference.html#_leave', 'cape/models/inference.py'),
                                        'cape.models.inference._plain': ('inference.html#_plain', 'cape/models/inference.py'),
+                                       'cape.models.inference._rounded_layers': ( 'inference.html#_rounded_layers',
+                                                                                  'cape/models/inference.py'),
                                        'cape.models.inference.convolutional_parts': ( 'inference.html#convolutional_parts',
                                                                                       'cape/models/inference.py'),
                                        'cape.models.inference.fold_norms': ('inference.html#fold_norms', 'cape/models/inference.py'),

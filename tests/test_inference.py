@@ -1,11 +1,14 @@
 "Quick copies: the same answers for every method, the laws, what is refused, and what bfloat16 may move."
+from importlib.resources import files
+
 import pytest
 import torch
 from torch import nn
 
+from cape.data.episodes import TestEpisodes
 from cape.errors import ConfigError
 from cape.estimator import default_model
-from cape.models.base import check_contract, create_model, list_models, model_class, toy_batch
+from cape.models.base import check_contract, create_model, list_models, load_model, model_class, toy_batch
 from cape.models.inference import convolutional_parts, fold_norms, quick
 
 
@@ -68,6 +71,34 @@ def test_bf16_rounds_and_gives_float32():
         assert half[n].dtype == torch.float32
         gap = float((half[n] - exact[n]).abs().max() / exact[n].abs().max())
         assert 1e-6 < gap < .1                       # rounded, and not more than rounded
+
+
+SHIPPED = sorted(f.stem for f in (files("cape") / "weights" / "posezoo").iterdir())
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_all_products_in_bf16(name, posezoo_mini):
+    "Trained networks answer alike, whole, also where they use the weights of a layer without calling it"
+    made = load_model(f"posezoo/{name}").eval()
+    batch = TestEpisodes(posezoo_mini, 1, 4, 1, size=made.meta["size"]).batch(range(6))
+    with torch.no_grad(): exact, half = made(batch).keypoints, quick(made, bf16="all")(batch).keypoints
+    gap = (half - exact).norm(dim=-1)[batch.query_visible]
+    assert torch.isfinite(half).all() and gap.max() > 0
+    assert gap.median() < .01, gap.median()
+
+
+def test_escape_in_bf16():
+    batch = toy_batch(2)
+    with torch.no_grad(): assert torch.isfinite(quick(stirred("escape"), bf16="all")(batch).keypoints).all()
+
+
+def test_float32_islands_keep_their_weights():
+    "What a method does in float32 under autocast is not rounded, the rest is"
+    copy = quick(stirred("sdpnet"), bf16="all")
+    kinds = {n: m.weight.dtype for n, m in copy.named_modules() if isinstance(m, nn.Linear)}
+    assert kinds["graph.ask"] == kinds["graph.offer"] == torch.float32 and kinds["refiner.point_head.0"] == torch.bfloat16
+    head = quick(stirred("finetune"), bf16="all")
+    assert all(m.weight.dtype == torch.float32 for m in head.modules() if isinstance(m, nn.Linear))
 
 
 def test_ways_of_a_quick_escape_share_its_parts():

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..errors import ConfigError
+from .base import toy_batch
 
 # %% ../../nbs/14a_inference.ipynb #c006
 def fold_norms(
@@ -84,10 +85,19 @@ def _autocast(step, device):
         with torch.autocast(device.type, torch.bfloat16): return step(*args, **given)
     return run
 
+def _rounded_layers(model, size, device):
+    "Linear and attention layers that only ever run under autocast, which would round their weights at every call."
+    seen = {m: set() for m in model.modules() if isinstance(m, nn.Linear | nn.MultiheadAttention)}
+    watch = [m.register_forward_pre_hook(lambda m, _: seen[m].add(torch.is_autocast_enabled(device.type))) for m in seen]
+    try: model(toy_batch(2, size=size).to(device))
+    finally:
+        for handle in watch: handle.remove()
+    return [m for m, under in seen.items() if under == {True}]
+
 @torch.no_grad()
 def quick(
     model,           # a `CapeModel`; stays as it is
-    bf16=False,      # True: convolutions in bfloat16, fast where the processor multiplies it (AMX) and on GPUs; "all": `adapt` and `locate` too
+    bf16=False,      # True: convolutions in bfloat16, fast where the processor multiplies it (AMX) and on GPUs; "all": all products
     size: int = 64,  # crop side of the images it is tried on, px
 ):                   # a copy in eval mode, for answering
     "BatchNorm folded, channels last. *Raises* `ConfigError` where features are not the same afterwards."
@@ -106,7 +116,7 @@ def quick(
         if bf16: part.to(torch.bfloat16)
         part.register_forward_pre_hook(_enter)
         part.register_forward_hook(_leave)
-    for m in made.modules() if bf16 == "all" else ():                  # autocast would round them at every call
-        if isinstance(m, nn.Linear | nn.MultiheadAttention): m.to(torch.bfloat16)
-    for step in ("adapt", "locate") if bf16 == "all" else (): setattr(made, step, _autocast(getattr(made, step), device))
+    if bf16 != "all": return made
+    for step in ("encode", "adapt", "locate"): setattr(made, step, _autocast(getattr(made, step), device))
+    for layer in _rounded_layers(made, size, device): layer.to(torch.bfloat16)
     return made

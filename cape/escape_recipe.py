@@ -19,20 +19,17 @@ from .data.annotations import write_atomic
 from .data.crops import CropLoader
 from .errors import CheckpointError, ConfigError, TrainingError
 from .layers.superkeypoints import density_peaks, greedy_peaks, keypoint_means
-from .learner import Learner
+from .learner import FREE_FIELDS, Learner
 from .models.base import CapeModel, create_model, load_model
 from .models.escape import Escape, make_extractor
 from .models.prototype import Matcher, PrototypeBaseline, pool_features
 
 # %% ../nbs/22a_escape_recipe.ipynb #c006
-_idle = ("preset", "device", "workers", "log_every", "pck_every", "val_every", "val_episodes", "val_queries",
-         "save_every", "save_minutes", "max_minutes")  # of a training's settings: they change no weight
-
 def stage_key(
     **about,  # plain values, or settings of a training
 ) -> str:     # 12 hex digits
     "A hash of all that a stage is made from."
-    plain = lambda v: {k: w for k, w in v.to_dict().items() if k not in _idle}
+    plain = lambda v: {k: w for k, w in v.to_dict().items() if k not in FREE_FIELDS}
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=plain).encode()).hexdigest()[:12]
 
 def _weights_key(model) -> str:

@@ -333,6 +333,7 @@ def _story(self, variant: dict, split=1, seeds=(0,)) -> dict:
     first = told[0]
     return dict(variant=variant, parameters=first.get("parameters"), steps=first["step"], size=first["config"]["size"],
                 minutes=[round(t["seconds"] / 60, 3) for t in told], images_per_second=[t.get("images_per_second") for t in told],
+                utilisation=[t.get("utilisation") for t in told],
                 commit=[t.get("commit") for t in told], device=[t.get("device") for t in told],
                 model=first["model_config"], train=first["config"])
 

@@ -8,6 +8,7 @@ import sys
 from math import nan
 
 import pytest
+import torch
 from conftest import ROOT, run_cells
 from run_notebook import UnknownParameter, check_parameters, run
 
@@ -271,6 +272,7 @@ def test_the_form_of_recorded_runs_is_that_of_todays(padding):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; on processor cores the recorded runs take hours")
 @pytest.mark.timeout(4 * 3600)
 @pytest.mark.parametrize("name", RECORDED)
 def test_full_run(name, posezoo_mini, tmp_path):

@@ -13,7 +13,7 @@ from torch import nn
 from cape.data.annotations import PoseDataset
 from cape.data.episodes import EpisodeBatch
 from cape.errors import CapeError, CheckpointError, ConfigError, DataError, StorageError, TrainingError
-from cape.learner import (PRESETS, Learner, TrainConfig, feed, load_state, lr_at, plot_log, read_log, seed_step,
+from cape.learner import (PRESETS, Learner, TrainConfig, compile_backbones, feed, load_state, lr_at, plot_log, read_log, seed_step,
                           train_config)
 from cape.models.base import CapeModel, Prediction, create_model, fold, load_model, read_card, register_model, toy_batch
 
@@ -133,7 +133,7 @@ def test_a_run_writes_what_it_says(tmp_path):
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["last.safetensors", "log.jsonl", "result.json", "state.pt"]
     assert result == json.loads((tmp_path / "a" / "result.json").read_text())
     assert result["stopped"] == "finished" and result["step"] == 12 and result["images"] == 12 * 4 * 2
-    assert result["torch"] == torch.__version__ and result["images_per_second"] > 0 and result["config"]["seed"] == 0
+    assert result["torch"] == torch.__version__ and result["images_per_second"] > 0 and 0 < result["utilisation"] <= 1 and result["config"]["seed"] == 0
     log = read_log(tmp_path / "a")
     assert [l["step"] for l in log] == list(range(1, 13)) and log[0]["lr"] == pytest.approx(1e-6)
     assert [l["step"] for l in log if "train_pck" in l] == [4, 8, 12]
@@ -201,6 +201,21 @@ def test_bf16_trains_and_keeps_float32_weights(tmp_path):
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert all(v.dtype == torch.float32 for v in a.values()) and np.isfinite(result["last"]["loss"])
     assert not same(a, b) and max((a[k] - b[k]).abs().max() for k in a) < .05
+
+def test_compiled_backbones_train_alike_and_change_no_name(tmp_path):
+    "By the backend that makes no code: the same graph, in seconds"
+    found = {}
+    for kind in ("none", "aot_eager"):
+        seed_step(0, 0)
+        net = create_model("protonet")
+        Learner(net, Dots(), None, QUICK.replace(compile=kind, steps=3), tmp_path / kind).fit()
+        found[kind] = load_file(tmp_path / kind / "last.safetensors")
+    assert found["none"].keys() == found["aot_eager"].keys()
+    for name, tensor in found["none"].items(): torch.testing.assert_close(found["aot_eager"][name], tensor, atol=1e-4, rtol=1e-3)
+    assert Learner(net, Dots(), None, QUICK.replace(steps=3), tmp_path / "aot_eager").fit()["step"] == 3  # it may go on without
+    assert [n.split(".")[-1] for n in compile_backbones(create_model("pomnet"), "eager")] == ["support_backbone", "query_backbone"]
+    with pytest.raises(ConfigError, match="compile: testnet has no module called backbone"): compile_backbones(TestNet())
+
 
 def test_weights_that_do_not_train_are_refused(tmp_path):
     with pytest.raises(TrainingError, match="no trainable parameters"):
@@ -346,7 +361,7 @@ def check_agreement(one, two):
     assert len(a) == len(b) == 13                                                           # steps and a validation
     for x, y in zip(a, b):
         assert x.keys() == y.keys()
-        for k in x.keys() - {"seconds", "images_per_second"}: assert x[k] == pytest.approx(y[k], abs=1e-4), (k, x["step"])
+        for k in x.keys() - {"seconds", "images_per_second", "utilisation"}: assert x[k] == pytest.approx(y[k], abs=1e-4), (k, x["step"])
     cut = lambda folder: {k: torch.cat(t.chunk(3)[::2]) if k.endswith("in_proj_bias") else t for k, t in weights(folder).items()}
     a, b = cut(one), cut(two)
     assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max().item() for k in a) < 1e-5

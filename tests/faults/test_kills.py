@@ -77,7 +77,7 @@ def walk(tree, path=()):
     else:
         for key, value in items: yield from walk(value, (*path, key))
 
-def logged(folder): return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in read_log(folder)]
+def logged(folder): return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second", "utilisation")} for line in read_log(folder)]
 
 
 class Evaluating:

@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT, run_cells
 from run_notebook import UnknownParameter, run
 from safetensors.torch import load_file
+from ship_weights import ship
 
 import cape
 from cape.learner import Learner, read_log
@@ -168,3 +169,16 @@ def test_all_methods_begin_from_one_backbone(posezoo_mini, tmp_path):
         assert 0 < away < .02                               # two small steps from there, and from nowhere else
     with pytest.raises(Exception, match="start_steps is for the small backbone"):
         compare(tmp_path, "large", start_steps=2, preset="paper")
+
+
+def test_weights_are_shipped_with_the_scores_of_the_rounded(first, tmp_path):
+    folder, result, _ = first
+    (file, scores), = ship(folder / "runs", folder / "first.json", tmp_path, ["prototype"])
+    trained = next(p for p in runs_of(folder, "prototype")) / "last.safetensors"
+    kept, exact, model = load_file(file), load_file(trained), cape.load_model(file)
+    assert kept.keys() == exact.keys() and file.stat().st_size < .6 * trained.stat().st_size
+    for name, tensor in exact.items(): assert torch.equal(kept[name], tensor.half() if tensor.is_floating_point() else tensor)
+    test = cape.PoseDataset.load("posezoo", size="mini", split=1, subset="test")
+    again = cape.evaluate(model, test, shots=1, episodes=3, queries=2, size=model.meta["size"])
+    assert scores["1-shot"]["PCK@0.2"][0] == again.pck[.2] and scores["1-shot"]["fingerprint"] == again.fingerprint
+    assert model.meta["novel"] == scores and again.fingerprint == result["fingerprints"]["1-shot"]

@@ -368,12 +368,14 @@ def create_model(
 def save_model(
     model,      # a `CapeModel`
     path,       # .safetensors file to write
+    dtype=None, # that numbers are rounded to in the file, as torch.float16; None: as they are
     **meta,     # json values to keep with it (step, score, ...)
 ) -> Path:      # the file
     "Write weights, name, config and `meta` to one file, whole or not at all. *Raises* `StorageError`."
     from safetensors.torch import save
     from cape import __version__
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    kind = lambda v: dtype if v.is_floating_point() else None
+    state = {k: v.detach().to("cpu", kind(v), copy=True).contiguous() for k, v in model.state_dict().items()}
     frozen = [n for n, m in model.named_modules() if isinstance(m, FrozenBatchNorm2d)]
     card = {"name": model.name, "config": model.config, "version": __version__, "frozen": frozen,
             "meta": _plain(meta)}

@@ -1861,6 +1861,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'cape.published._claims': ('published.html#_claims', 'cape/published.py'),
                                 'cape.published._hundredths': ('published.html#_hundredths', 'cape/published.py'),
                                 'cape.published._name_points': ('published.html#_name_points', 'cape/published.py'),
+                                'cape.published._named': ('published.html#_named', 'cape/published.py'),
                                 'cape.published._raw': ('published.html#_raw', 'cape/published.py'),
                                 'cape.published._rows': ('published.html#_rows', 'cape/published.py'),
                                 'cape.published._unlike': ('published.html#_unlike', 'cape/published.py'),

@@ -368,14 +368,16 @@ def claims_chart(
         ax.errorbar(x[here], y[here], yerr=ends[:, here].clip(0), fmt=marker, ms=5, capsize=2, lw=1.1,
                     color=keypoint_colors(6)[color], label=f"{word} ({here.sum()})")
     _name_points(ax, found, x, y, reach)
-    ax.set_xlim(0, reach * 1.35)
+    ax.set_xlim(0, reach * (1.35 if _named(found) else 1))
     fig.legend(loc="outside lower center", ncols=4, fontsize=7, frameon=False)
     low, high = min(0, (y - ends[0]).min()), max(0, (y + ends[1]).max())
     ax.set_ylim(low - .08 * (high - low) - .2, high + .08 * (high - low) + .2)
     return fig
 
-def _name_points(ax, found, x, y, reach, most: int = 14):
+def _named(found): return len(found) <= 14
+
+def _name_points(ax, found, x, y, reach):
     "Names of the claims to the right of their marks, where these are few."
-    if len(found) > most: return
+    if not _named(found): return
     for f, at, up in zip(found, x, y):
         ax.annotate(f["id"], (at, up), xytext=(5, 3), textcoords="offset points", fontsize=6)

@@ -53,6 +53,7 @@ class Trials:
     ):
         "*Raises* `ConfigError` for settings that would go wrong later, or say nothing and mean something else."
         self.out, self.data, self.size, self.preset, self.steps = Path(out), data, size, preset, steps
+        minutes = int(minutes) if float(minutes).is_integer() else minutes  # 4 and 4.0 are the same key
         self.minutes, self.warm, self.start_steps, self.fields = minutes, warm, start_steps, dict(train or {})
         self.episodes, self.queries, self.seed = episodes, queries, seed
         self.device = "cuda" if torch.cuda.is_available() else "cpu"

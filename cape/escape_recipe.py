@@ -28,8 +28,8 @@ from .models.prototype import Matcher, PrototypeBaseline, pool_features
 def stage_key(
     **about,  # plain values, or settings of a training
 ) -> str:     # 12 hex digits
-    "A hash of all that a stage is made from."
-    plain = lambda v: {k: w for k, w in v.to_dict().items() if k not in FREE_FIELDS}
+    "A hash of all that a stage is made from; a field of a training that is None says nothing."
+    plain = lambda v: {k: w for k, w in v.to_dict().items() if k not in FREE_FIELDS and w is not None}
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=plain).encode()).hexdigest()[:12]
 
 def _weights_key(model) -> str:

@@ -44,6 +44,7 @@ class TrainConfig:
     preset: str = "cpu"          # the preset this began as
     size: int = 96               # crop side, pixels
     backbone: str = "small"      # for whoever builds the model: the learner itself takes a built one
+    weights: str | None = None   # likewise, those the backbone begins with: None, "imagenet" or a file
     batch: int = 32              # episodes (or single images) a step, over all processes together
     steps: int = 3000            # optimiser steps
     epochs: float = 0.0          # > 0: decides `steps` from the length of the sampler's epoch
@@ -102,6 +103,8 @@ def _check_config(config: TrainConfig) -> None:
         if getattr(config, name) not in allowed:
             raise ConfigError(f"TrainConfig.{name} must be one of {', '.join(allowed)}, "
                               f"got {getattr(config, name)!r}")
+    if not isinstance(config.weights, str | None):
+        raise ConfigError(f"TrainConfig.weights must be None, 'imagenet' or a file, got {config.weights!r}")
     if not all(isinstance(m, (int, float)) and 0 < m <= 1 for m in config.milestones):
         raise ConfigError("TrainConfig.milestones are shares of the run in (0, 1], "
                           f"got {config.milestones!r}")
@@ -112,9 +115,9 @@ PRESETS: dict[str, TrainConfig] = {
     "tiny": TrainConfig(preset="tiny", size=64, batch=16, steps=60, warmup=5, log_every=5, pck_every=10,
                         val_every=30, val_episodes=2, val_queries=3, save_every=20),
     "cpu": TrainConfig(precision="auto"),
-    "paper": TrainConfig(preset="paper", size=256, backbone="resnet50", batch=32, epochs=60, lr=5e-4,
-                         warmup=500, log_every=50, pck_every=500, val_every=2500, val_episodes=100,
-                         val_queries=15, save_every=1000, workers=8),
+    "paper": TrainConfig(preset="paper", size=256, backbone="resnet50", weights="imagenet", batch=32, epochs=60,
+                         lr=5e-4, warmup=500, log_every=50, pck_every=500, val_every=2500, val_episodes=100,
+                         val_queries=15, save_every=1000, workers=8, precision="auto"),
 }
 PAPER_SCHEDULES: dict[str, dict] = {  # what each paper's code changes about "paper"
     "prototype": {},
@@ -245,7 +248,7 @@ def read_log(
 # %% ../nbs/13_learner.ipynb #c044
 _STATE = "state.pt"
 FREE_FIELDS = ("preset", "compile", "device", "workers", "log_every", "pck_every", "val_every", "val_episodes", "val_queries",
-         "save_every", "save_minutes", "max_minutes")  # fields that are not meant to change a weight
+               "save_every", "save_minutes", "max_minutes")  # fields that are not meant to change a weight
 
 def load_state(
     out: str | Path,  # a run's folder

@@ -24,7 +24,7 @@ from .escape_recipe import fit_escape, stage_key
 from .evaluation import Report, evaluate, pooled
 from .learner import Learner, read_log, train_config
 from .models.base import create_model, load_model, model_class, save_model
-from .runs import fresh_model, load_part
+from .runs import backbone_of, fresh_model, load_part
 
 # %% ../nbs/48_trials.ipynb #c005
 _SAYS = {"method", "model", "train", "links", "test", "untrained"}
@@ -173,7 +173,7 @@ def _fit_stages(self, variant: dict, split, config, place) -> dict:
         names, told = list(_shares(variant)), []
         count = config.steps // len(names)
         counts = {s: max(1, count if s != "matching" else config.steps - count * (len(names) - 1)) for s in names}
-        extractor = dict(name="prototype", backbone=config.backbone, **({"weights": weights} if weights else {}))
+        extractor = {"name": "prototype", **backbone_of(config), **({"weights": weights} if weights else {})}
     changes = {s: dict(steps=n, epochs=0.0) for s, n in counts.items()}
     made = fit_escape(self.training_data(variant, split), config, place, extractor, changes=changes, **variant.get("model", {}))
     told += [json.loads((Path(made.folders[s])/"result.json").read_text()) for s in _STAGES if s in made.folders]
@@ -186,7 +186,7 @@ def _run(self, variant: dict, split, config, place) -> dict:
     done = place/"result.json"
     if done.exists() and (told := json.loads(done.read_text()))["stopped"] == "finished": return told
     if variant.get("untrained"):
-        net = self.fresh(variant, split, config)                       # not from the common start: it has seen nothing
+        net = self.fresh(variant, split, config.replace(weights=None))  # it has seen nothing, ImageNet neither
         save_model(net, place/"last.safetensors", size=config.size)
         told = dict(step=0, seconds=0.0, stopped="finished", config=config.to_dict(), model_config=net.config)
     elif variant["method"] == "escape":

@@ -2,11 +2,13 @@
 import copy
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from math import nan
 
+import nbformat
 import pytest
 import torch
 from conftest import ROOT, run_cells
@@ -249,6 +251,24 @@ def test_a_full_run_begins_and_a_worse_result_is_found(name):
         assert "other pairs" in fallen(recorded, {**recorded, "fingerprints": {"1-shot": "1"}, "claims": []})[0]
     controls = [row for row in rows if row[-1] in CONTROLS]
     assert all(len(fallen(recorded, lowered(recorded, by, row))) == len(rows[row]) for row in controls for by in (.01, -.01))
+
+
+@pytest.mark.parametrize("name", [n for n in RECORDED if n != "demo"])
+def test_an_executed_notebook_lies_beside_its_result(name):
+    "With the recorded parameters and scores, whole, without errors and without folders of the machine"
+    nb = nbformat.read(ROOT / "figures" / "results" / f"{name}.ipynb", 4)
+    code = [c for c in nb.cells if c.cell_type == "code"]
+    given, = (c for c in code if "injected-parameters" in c.metadata.get("tags", []))
+    exec(given.source, values := {})
+    shared = {k: values[k] for k in RECORDED[name]["parameters"] if k in values}
+    assert len(shared) > 3 and shared == {k: RECORDED[name]["parameters"][k] for k in shared}
+    outputs = [o for c in code for o in c.outputs]
+    assert not [o for o in outputs if o.output_type == "error"] and f"{name}.json" in outputs[-1].text
+    said = "".join(o.get("text", "") for o in outputs)
+    for row, metrics in scores(RECORDED[name]).items():
+        for mean, *_ in metrics.values(): assert f"{mean:.3f}" in said, (row, mean)
+    for _, (d, *_) in differences(RECORDED[name]).items(): assert f"{100 * d:+.2f}" in said or f"{d:+.3f}" in said
+    assert not re.findall(r"(?<![\w./])/(?:work|home|root|tmp|Users|var)/\S*", said)
 
 
 def test_worse_differences_ratios_and_answers_are_found():

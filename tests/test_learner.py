@@ -105,6 +105,7 @@ def test_unknown_and_wrong_fields_are_named():
     with pytest.raises(ConfigError, match="batch must be a whole number >= 1, got 0"): PRESETS["cpu"].replace(batch=0)
     with pytest.raises(ConfigError, match="lr must be"): PRESETS["cpu"].replace(lr=float("nan"))
     with pytest.raises(ConfigError, match="precision must be one of float32, bf16"): PRESETS["cpu"].replace(precision="fp16")
+    with pytest.raises(ConfigError, match="weights must be None, 'imagenet' or a file, got True"): PRESETS["cpu"].replace(weights=True)
     with pytest.raises(ConfigError, match="no preset 'huge'"): train_config("huge")
 
 def test_presets_survive_json():

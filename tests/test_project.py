@@ -201,6 +201,17 @@ def test_job_prints_as_it_runs_and_saves_the_notebook(job, tmp_path):
     assert nbformat.read(tmp_path / "out/done.ipynb", 4).metadata.papermill.exception is None
 
 
+def test_kept_notebook_says_nothing_of_the_machine(job, tmp_path):
+    nb = nbformat.read(job[0], 4)
+    nb.cells.append(nbformat.v4.new_code_cell(f"print('{ROOT}/runs/x', '{sys.prefix}/lib/y')", id="where"))
+    nbformat.write(nb, job[0])
+    assert run_job([*job, "--keep", "steps=1"]) == 0
+    done = nbformat.read(tmp_path / "out/done.ipynb", 4)
+    assert done.cells[-1].outputs[0].text == "runs/x lib/y\n" and "papermill" not in (tmp_path / "out/done.ipynb").read_text()
+    assert [c.metadata.tags for c in done.cells if c.metadata] == [["parameters"], ["injected-parameters"]]
+    assert all(c.execution_count is None for c in done.cells if c.cell_type == "code")
+
+
 def test_failing_job_names_the_cell(job, tmp_path):
     done = python("tools/run_notebook.py", *job, "steps=9")
     assert done.returncode == 1 and 'cell 3/4 under "shapes" failed: ValueError: nine is bad' in done.stderr

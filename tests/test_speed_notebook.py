@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 from run_notebook import run
 
-SMALLEST = dict(ways=["escape"], supers=20, methods=["protonet"], bf16_methods=["protonet"], method_size=32, method_batches=[1, 2], method_step=2, keypoints=5, cases=[[0, 2], [4, 2]], uncached_episodes=1, categories=1, images=8, crop_sizes=[32], size=32, preset="tiny",
+SMALLEST = dict(ways=["escape"], supers=20, methods=["protonet"], bf16_methods=["protonet"], compile="aot_eager", method_size=32, method_batches=[1, 2], method_step=2, keypoints=5, cases=[[0, 2], [4, 2]], uncached_episodes=1, categories=1, images=8, crop_sizes=[32], size=32, preset="tiny",
                 steps=1, repeats=2, seconds=0.01, threads=1)
 
 
@@ -27,6 +27,7 @@ def test_result_says_what_was_run_and_where(speed):
     works = {"protonet, batch 1", "protonet, batch 2", "protonet, training step of 2"}
     assert works | {f"{w}, bfloat16" for w in works} <= set(result["rates"])
     assert {f"{w}: bfloat16 over float32" for w in works} <= set(result["ratios"])
+    assert "protonet, training step of 2, bfloat16: aot_eager over none" in result["ratios"]
     assert 0 < result["bf16_move_px"]["protonet"]["median"] <= result["bf16_move_px"]["protonet"]["largest"] < 32 * 2 ** .5
     assert {"commit", "device", "torch", "numpy", "python", "cape", "cores", "threads", "seed", "minutes"} <= \
         set(result["provenance"])

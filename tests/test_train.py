@@ -2,10 +2,13 @@
 import json
 
 import pytest
+import torch
 from conftest import ROOT, run_cells
 from run_notebook import run
 
 from cape.errors import ConfigError
+from cape.models.backbones import create_backbone
+from cape.models.base import list_models, load_model
 
 NOTEBOOK = ROOT / "nbs" / "experiments" / "train.ipynb"
 SMALL = dict(steps=2, episodes=2, queries=2, shots=[1], train=dict(size=32, batch=4, val_every=0))
@@ -39,9 +42,35 @@ def test_identifier_and_padding_reach_the_model(posezoo_mini, tmp_path):
     assert options["options"]["dim"] == 32
 
 
+def test_escape_is_trained_stage_by_stage(posezoo_mini, tmp_path):
+    result, said = train(tmp_path, method="escape", model=dict(vectors="means", tied=False))
+    assert "in each of its stages 2 steps" in said and result["training"]["step"] == 4        # baseline and matching
+    assert result["network"][0] == "escape" and result["network"][1]["labels"] and result["rows"][0]["method"] == "escape"
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("state.pt")}
+    again, _ = train(tmp_path, method="escape", model=dict(vectors="means", tied=False))
+    assert again["rows"] == result["rows"] and len(files) == 2 and files == {p: p.stat().st_mtime_ns for p in files}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted({*list_models()} - {"copy", "meanpose", "padded"}))
+def test_the_full_recipe(method, posezoo_mini, tmp_path, monkeypatch):
+    "One step at 256 px from torchvision's weights, in bfloat16 and compiled; its cache is given a file, so that nothing is fetched"
+    begun = create_backbone("resnet50").state_dict()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(begun, tmp_path / "hub" / "checkpoints" / "resnet50-0676ba61.pth")
+    steps = dict(batch=2, val_every=0, precision="bf16", compile="aot_eager")
+    result, _ = train(tmp_path, method=method, preset="paper", steps=1, episodes=1, queries=1, train=steps)
+    assert result["settings"]["size"] == 256 and result["training"]["step"] == (3 if method == "escape" else 1)
+    parts = [m for n, m in load_model(next(tmp_path.rglob("last.safetensors"))).named_modules() if n.endswith("backbone")]
+    for part in parts:
+        torch.testing.assert_close(part.state_dict()["conv1.weight"], begun["conv1.weight"], atol=1e-5, rtol=0)
+    assert parts
+
+
 @pytest.mark.parametrize("parameters, message", [
     (dict(method="protonett"), "did you mean 'protonet'"), (dict(method="protonet", identifier="none"), "has no identifiers"),
-    (dict(method="prototype", padding="mixup"), "nothing to pad"), (dict(preset="large"), "no preset 'large'"),
+    (dict(method="prototype", padding="mixup"), "nothing to pad"), (dict(method="escape", padding="mixup"), "nothing to pad"), (dict(preset="large"), "no preset 'large'"),
     (dict(method="protonet", model=dict(widths=3)), "widths")])
 def test_what_is_refused(posezoo_mini, tmp_path, parameters, message):
     with pytest.raises(ConfigError, match=message): train(tmp_path, **parameters)

@@ -134,6 +134,20 @@ def run(notebook, out, parameters=None, timeout=None, stream=None):
     finally: ticker.done.set()
 
 
+def keep(file):
+    "Make an executed notebook one to commit: nothing of times, counts and the folders of this machine"
+    import nbformat
+    nb = nbformat.read(file, 4)
+    nb.metadata = {"kernelspec": {k: nb.metadata.kernelspec[k] for k in ("display_name", "language", "name")}}
+    for cell in nb.cells:
+        cell.metadata = {"tags": cell.metadata.tags} if cell.metadata.get("tags") else {}
+        if cell.cell_type == "code": cell.execution_count = None
+        for output in cell.get("outputs", ()):
+            if "execution_count" in output: output.execution_count = None
+    text = nbformat.writes(nb).replace(f"{sys.prefix}/", "").replace(f"{ROOT}/", "")
+    Path(file).write_text(text if text.endswith("\n") else text + "\n")
+
+
 def failure(error):
     "One line: which cell failed, under which heading, with what"
     what = str(getattr(error, "evalue", error)).strip().splitlines() or [""]
@@ -154,6 +168,7 @@ def main(argv=None):
     ap.add_argument("notebook", nargs="?", type=Path)
     ap.add_argument("parameters", nargs="*", metavar="name=value", help="parameters to set")
     ap.add_argument("-o", "--out", type=Path, help="the executed notebook (default: runs/NAME/NAME.ipynb)")
+    ap.add_argument("--keep", action="store_true", help="tidy the executed notebook for being committed: no times, no folders of this machine")
     ap.add_argument("--timeout", type=int, help="seconds a cell may take (default: no limit)")
     ap.add_argument("-h", "--help", action="store_true", help="this text, and the parameters of the notebook")
     args = ap.parse_intermixed_args(argv)
@@ -183,6 +198,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(f"\nInterrupted; the notebook as far as it ran: {out}", file=sys.stderr)
         return 130
+    if args.keep: keep(out)
     print(f"Done after {time.time() - start:.0f} s; the executed notebook: {out}")
     return 0
 

@@ -9,7 +9,7 @@ from cape.evaluation import evaluate
 from cape.models.base import load_model, save_model
 from cape.trials import Trials
 
-FIELDS = "size preset steps minutes warm start_steps episodes queries seed".split()
+FIELDS = "size preset steps minutes warm start_steps train episodes queries seed".split()
 
 
 def rounded(model):

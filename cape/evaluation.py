@@ -267,14 +267,14 @@ def provenance() -> dict:
                 commit=_commit())
 
 def _commit() -> str | None:
-    "The commit of the source folder, with + if it was changed since; None outside of git."
+    "The commit of the source folder, with + if it was changed since, other than by results; None outside of git."
     import cape
     git = lambda *words: subprocess.run(["git", "-C", str(Path(cape.__file__).parent), *words],
                                         capture_output=True, text=True, timeout=10)
     try:
         found = git("rev-parse", "--short=12", "HEAD")
         if found.returncode: return None
-        return found.stdout.strip() + ("+" if git("status", "--porcelain", "-uno").stdout.strip() else "")
+        return found.stdout.strip() + ("+" if git("status", "--porcelain", "-uno", ":/", ":(top,exclude)figures").stdout.strip() else "")
     except (OSError, subprocess.SubprocessError): return None
 
 # %% ../nbs/14_evaluation.ipynb #c034

@@ -203,11 +203,13 @@ def test_job_prints_as_it_runs_and_saves_the_notebook(job, tmp_path):
 
 def test_kept_notebook_says_nothing_of_the_machine(job, tmp_path):
     nb = nbformat.read(job[0], 4)
+    nb.cells.append(nbformat.v4.new_markdown_cell("[a](../x.ipynb#b) [c](#d) [e](https://f.g)", id="links"))
     nb.cells.append(nbformat.v4.new_code_cell(f"print('{ROOT}/runs/x', '{sys.prefix}/lib/y')", id="where"))
     nbformat.write(nb, job[0])
     assert run_job([*job, "--keep", "steps=1"]) == 0
     done = nbformat.read(tmp_path / "out/done.ipynb", 4)
     assert done.cells[-1].outputs[0].text == "runs/x lib/y\n" and "papermill" not in (tmp_path / "out/done.ipynb").read_text()
+    assert done.cells[-2].source == "[a](../../x.ipynb#b) [c](#d) [e](https://f.g)"
     assert [c.metadata.tags for c in done.cells if c.metadata] == [["parameters"], ["injected-parameters"]]
     assert all(c.execution_count is None for c in done.cells if c.cell_type == "code")
 

@@ -22,7 +22,7 @@ from urllib.request import urlretrieve
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 PARTS = {"0": "The task", "1": "Matching", "2": "Knowledge of the base categories", "3": "Structure",
-         "4": "Looking inside, and using it", "e": "Experiments"}
+         "4": "Looking inside, and using it", "e": "Experiments", "f": "Recorded runs"}
 NEEDS = ("sphinx", "myst_nb", "sphinx_book_theme", "ziamath", "papermill")
 WIDGETS = re.compile(r"^\s*(?:import|from) (?:ipywidgets|anywidget)\b", re.M)
 MODULE = re.compile(r"^#\|\s*default_exp\s+(\S+)", re.M)
@@ -99,7 +99,8 @@ def scripts(folder):
 def chapters(nbs=ROOT / "nbs"):
     "{page: notebook}, in reading order"
     found = [nbs / "index.ipynb", *sorted(nbs.glob("[0-9]*.ipynb")), *sorted((nbs / "experiments").glob("[!_.]*.ipynb"))]
-    return {p.relative_to(nbs).with_suffix("").as_posix(): p for p in found}
+    runs = sorted((nbs.parent / "figures/results").glob("*.ipynb"))
+    return {p.relative_to(folder).with_suffix("").as_posix(): p for folder, some in ((nbs, found), (nbs.parent, runs)) for p in some}
 
 
 def contents(pages, more):

@@ -7,6 +7,7 @@ import argparse
 import ast
 import contextlib
 import os
+import re
 import sys
 import threading
 import time
@@ -134,13 +135,19 @@ def run(notebook, out, parameters=None, timeout=None, stream=None):
     finally: ticker.done.set()
 
 
-def keep(file):
-    "Make an executed notebook one to commit: nothing of times, counts and the folders of this machine"
+LINK = re.compile(r"(\]\()(?!\w+:|#|/)([^)#\s]+)")
+
+
+def keep(file, notebook):
+    "Make `file`, executed from `notebook`, one to commit: links from its own folder; no times, counts and folders of this machine"
     import nbformat
     nb = nbformat.read(file, 4)
+    there = os.path.relpath(Path(notebook).resolve().parent, Path(file).resolve().parent)
+    here = lambda m: m[1] + Path(os.path.normpath(Path(there, m[2]))).as_posix()
     nb.metadata = {"kernelspec": {k: nb.metadata.kernelspec[k] for k in ("display_name", "language", "name")}}
     for cell in nb.cells:
         cell.metadata = {"tags": cell.metadata.tags} if cell.metadata.get("tags") else {}
+        if cell.cell_type == "markdown": cell.source = LINK.sub(here, cell.source)
         if cell.cell_type == "code": cell.execution_count = None
         for output in cell.get("outputs", ()):
             if "execution_count" in output: output.execution_count = None
@@ -198,7 +205,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(f"\nInterrupted; the notebook as far as it ran: {out}", file=sys.stderr)
         return 130
-    if args.keep: keep(out)
+    if args.keep: keep(out, args.notebook)
     print(f"Done after {time.time() - start:.0f} s; the executed notebook: {out}")
     return 0
 

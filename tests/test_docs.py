@@ -24,7 +24,7 @@ def names(modules):
 
 def test_every_notebook_is_a_page_and_stands_once_in_the_contents():
     pages = docs.chapters()
-    found = {p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts}
+    found = {p for folder in ("nbs", "figures/results") for p in (ROOT / folder).rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts}
     assert set(pages.values()) == found and list(pages)[0] == "index"
     contents = docs.contents(pages, ["data/README"])
     for page in [*pages, "data/README", "api/index"]:

@@ -19,7 +19,7 @@ from .data.annotations import write_atomic
 from .data.crops import CropLoader
 from .errors import CheckpointError, ConfigError, TrainingError
 from .layers.superkeypoints import density_peaks, greedy_peaks, keypoint_means
-from .learner import FREE_FIELDS, Learner
+from .learner import FREE_FIELDS, Learner, training_device
 from .models.base import CapeModel, create_model, load_model
 from .models.escape import Escape, make_extractor
 from .models.prototype import Matcher, PrototypeBaseline, pool_features
@@ -135,7 +135,9 @@ class _Recipe:
         "Mean feature, mean squared length and count of every base keypoint."
         first, count = {}, 0
         for category, number in self.base.items(): first[category], count = count, count + number
-        found, seen = keypoint_means(base_features(model, self.data, first, self.config.size), count)
+        home, device = next(model.parameters()).device, training_device(self.config)
+        found, seen = keypoint_means(base_features(model.to(device), self.data, first, self.config.size), count)
+        model.to(home)
         return found[:, :-1].cpu(), found[:, -1].cpu(), seen.cpu()
 
     def clusters(self, model, before, cluster, threshold, k, vectors):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'PAPER_SCHEDULES', 'FREE_FIELDS', 'seed_step', 'TrainConfig', 'train_config', 'lr_at', 'fast_bf16',
            'TrainingStep', 'compile_backbones', 'feed', 'read_log', 'load_state', 'make_sampler', 'total_steps',
-           'Learner', 'load_batch', 'plot_log']
+           'Learner', 'training_device', 'load_batch', 'plot_log']
 
 # %% ../nbs/13_learner.ipynb #c003
 import dataclasses, io, json, math, os, random, signal, threading, time
@@ -350,10 +350,17 @@ class Learner:
         return self._finish(stopped)
 
 # %% ../nbs/13_learner.ipynb #c055
+def training_device(
+    config: TrainConfig,
+) -> torch.device:
+    "Where a run computes: the machine's accelerator, or the processor where there is none or the settings say so."
+    if config.device == "cpu" or not torch.accelerator.is_available(): return torch.device("cpu")
+    return torch.accelerator.current_accelerator()
+
 def _start(self: Learner) -> None:
     "Make the folder, place the model, and continue what is found."
     from accelerate import Accelerator, DistributedDataParallelKwargs as Options
-    cpu = self.config.device == "cpu" or not torch.accelerator.is_available()  # unsaid, gloo stays unused
+    cpu = training_device(self.config).type == "cpu"  # unsaid, gloo stays unused
     self.accelerator = Accelerator(cpu=cpu, kwargs_handlers=[Options(find_unused_parameters=True)])
     self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
     if self.config.batch % self.world:

@@ -161,7 +161,6 @@ SAME = .001   # how far a control may lie from its recorded value: it trains not
 RATIO = .5    # what is left at least of the recorded gain by the cache, on another machine
 CONTROLS = ("copy the support", "mean pose")
 RECORDED = {p.stem: r for p in sorted((ROOT / "figures" / "results").glob("*.json")) if "parameters" in (r := json.loads(p.read_text()))}
-OLD = {"escape": {"minutes", "shares", "warm"}}  # parameters of a recorded run that the notebook does not have any more
 
 
 def scores(result):
@@ -199,9 +198,7 @@ def fallen(recorded, now):
 
 
 def steps_of(recorded):
-    "The most steps that any training had; of ESCAPE by stage"
-    stages = recorded.get("stages", {})
-    if stages: return {s: max(t["steps"] for name, runs in stages.items() if name.split(",")[0] == s for t in runs) for s in ("baseline", "tied", "matching")}
+    "The most steps that any training had"
     return max([t["steps"] for k in ("methods", "trainings") for t in recorded.get(k, {}).values()]
                + [t["step"] for t in recorded.get("runs", {}).values()])
 
@@ -209,7 +206,7 @@ def steps_of(recorded):
 def full(name):
     "Notebook and parameters of a recorded run; steps in place of minutes, which are worth more on a faster device"
     recorded = RECORDED[name]
-    notebook, given = recorded.get("experiment", "demo"), {k: v for k, v in recorded["parameters"].items() if k not in OLD.get(name, ())}
+    notebook, given = recorded.get("experiment", "demo"), dict(recorded["parameters"])
     if recorded["parameters"].get("minutes"): given |= dict(steps=steps_of(recorded), **({"minutes": 0.0} if "minutes" in given else {}))
     return notebook, given
 

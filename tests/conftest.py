@@ -12,6 +12,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # the package and the tools of this very tree
 
 
+def own_methods():
+    "Names of the package's own methods; tests register toys beside them"
+    from cape.models.base import list_models, model_class
+    return [n for n in list_models() if model_class(n).__module__.startswith("cape.")]
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
     """The chapters, which take longest, at the head of each worker's share: none is left for the end, with an idle worker beside.

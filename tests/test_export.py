@@ -5,12 +5,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import own_methods
 
 from cape.data.crops import make_heatmaps
 from cape.data.padding import pad
 from cape.errors import CapeError, ConfigError, MissingFileError, StorageError
 from cape.layers.graph import adjacency, bfs_batch
-from cape.models.base import _awkward, create_model, list_models, model_class, save_model, toy_batch
+from cape.models.base import _awkward, create_model, save_model, toy_batch
 from cape.models.sdpnet import DynamicConvolution
 
 pytest.importorskip("onnx")
@@ -100,7 +101,7 @@ def test_nothing_stays_replaced():
 
 # graphs
 
-OWN = [n for n in list_models() if model_class(n).__module__.startswith("cape.")]  # other tests register toys
+OWN = own_methods()
 
 
 def test_every_method_has_a_case_or_a_reason():

@@ -6,12 +6,10 @@ import sys
 
 import pytest
 import torch.utils.backend_registration as registration
-from conftest import ROOT
-
-from cape.models.base import list_models
+from conftest import ROOT, own_methods
 
 pytestmark = pytest.mark.skipif(not hasattr(registration, "_setup_privateuseone_for_python_backend"), reason="this torch cannot simulate a device")
-METHODS = [n for n in list_models() if n not in ("copy", "meanpose")]
+METHODS = [n for n in own_methods() if n not in ("copy", "meanpose")]
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,13 @@ from importlib.resources import files
 
 import pytest
 import torch
+from conftest import own_methods
 from torch import nn
 
 from cape.data.episodes import TestEpisodes
 from cape.errors import ConfigError
 from cape.estimator import default_model
-from cape.models.base import check_contract, create_model, list_models, load_model, model_class, toy_batch
+from cape.models.base import check_contract, create_model, load_model, toy_batch
 from cape.models.inference import convolutional_parts, fold_norms, quick
 
 
@@ -28,7 +29,7 @@ def features(model, images):
     with torch.no_grad(): return {role: model.encode(images, role) for role in ("support", "query")}
 
 
-METHODS = [n for n in list_models() if n not in ("copy", "meanpose") and model_class(n).__module__.startswith("cape.")]
+METHODS = [n for n in own_methods() if n not in ("copy", "meanpose")]
 
 
 @pytest.mark.parametrize("name", METHODS)

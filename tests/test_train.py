@@ -3,12 +3,12 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, run_cells
+from conftest import ROOT, own_methods, run_cells
 from run_notebook import run
 
 from cape.errors import ConfigError
 from cape.models.backbones import create_backbone
-from cape.models.base import list_models, load_model
+from cape.models.base import load_model
 
 NOTEBOOK = ROOT / "nbs" / "experiments" / "train.ipynb"
 SMALL = dict(steps=2, episodes=2, queries=2, shots=[1], train=dict(size=32, batch=4, val_every=0))
@@ -52,7 +52,7 @@ def test_escape_is_trained_stage_by_stage(posezoo_mini, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", sorted({*list_models()} - {"copy", "meanpose", "padded"}))
+@pytest.mark.parametrize("method", sorted({*own_methods()} - {"copy", "meanpose", "padded"}))
 def test_the_full_recipe(method, posezoo_mini, tmp_path, monkeypatch):
     "One step at 256 px from torchvision's weights, in bfloat16 and compiled; its cache is given a file, so that nothing is fetched"
     begun = create_backbone("resnet50").state_dict()

@@ -133,7 +133,7 @@ def test_a_worker_that_dies_is_told():
     seen = []
     with pytest.raises(TrainingError, match=r"a process that makes batches died .* Fewer TrainConfig.workers than 2"):
         for batch in feed(Deadly(os.getpid()), range(9), workers=2): seen.append(int(batch))
-    assert seen in ([0, 1, 2], [0, 1], [0])
+    assert seen == [0, 1, 2][:len(seen)]           # in order; how many arrived before it died, the load decides
 
 def test_a_run_whose_worker_dies_goes_on(dots, tmp_path):
     config = QUICK.replace(workers=2, cache_gb=0, save_every=6, steps=20)

@@ -126,14 +126,14 @@ class Deadly:
     "A data set of batches of which one kills the process that makes it"
     def __init__(self, parent): self.parent, self.size = parent, 32
     def __call__(self, step):
-        if step == 3 and os.getpid() != self.parent: os.kill(os.getpid(), signal.SIGKILL)
+        if step == 7 and os.getpid() != self.parent: os.kill(os.getpid(), signal.SIGKILL)
         return torch.tensor(step)
 
 def test_a_worker_that_dies_is_told():
     seen = []
     with pytest.raises(TrainingError, match=r"a process that makes batches died .* Fewer TrainConfig.workers than 2"):
         for batch in feed(Deadly(os.getpid()), range(9), workers=2): seen.append(int(batch))
-    assert seen == [0, 1, 2][:len(seen)]           # in order; how many arrived before it died, the load decides
+    assert len(seen) >= 4 and seen == list(range(7))[:len(seen)]  # two workers are given two steps each: step 7 once four have arrived
 
 def test_a_run_whose_worker_dies_goes_on(dots, tmp_path):
     config = QUICK.replace(workers=2, cache_gb=0, save_every=6, steps=20)
